@@ -1,0 +1,35 @@
+"""Gradient regularization, SAM and layer-wise gradient regularization for JAX and Optax."""
+
+import importlib
+from types import ModuleType
+
+from gnp_optax import directions, masks, schedules
+from gnp_optax._functional import value_and_grad
+from gnp_optax._transformations import (
+    GradientRegularizationState,
+    asam,
+    gradient_regularization,
+    layerwise_gradient_regularization,
+    sam,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientRegularizationState",
+    "asam",
+    "directions",
+    "gradient_regularization",
+    "layerwise_gradient_regularization",
+    "masks",
+    "sam",
+    "schedules",
+    "value_and_grad",
+]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # `gnp.linen` and `gnp.nnx` import Flax, which this package must not need: only when asked for.
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"gnp_optax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

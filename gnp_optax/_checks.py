@@ -1,0 +1,56 @@
+"""Checks of arguments that every public function shares."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise unless `value` can be a radius or a weight: a real number >= 0, or a traced scalar.
+
+    A negative or non-finite value can only be seen where the number is known, not under `jit`.
+    """
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    if is_array:
+        is_number = value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
+        is_number = is_number and not jnp.issubdtype(value.dtype, jnp.complexfloating)
+    else:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number:
+        raise TypeError(f"{name} must be a real scalar, got {value!r}.")
+    if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative, got {float(value)!r}.")
+
+
+def check_scalar_or_schedule(name: str, value: Any) -> None:
+    """Raise unless `value` is a schedule, or a scalar as `check_scalar` has it."""
+    if not callable(value):
+        check_scalar(name, value)
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> None:
+    """Raise unless `value` is an integer that is large enough."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}.")
+
+
+def check_scope(scope: str) -> None:
+    """Raise unless `scope` is one of the two that exist."""
+    if scope not in ("all", "masked"):
+        raise ValueError(
+            f"scope must be 'all' (every leaf gets the regularized gradient) or 'masked' (only the "
+            f"leaves under the mask do), got {scope!r}."
+        )
+
+
+def check_direction(direction: Any) -> None:
+    """Raise unless `direction` is a gradient transformation."""
+    if not isinstance(direction, optax.GradientTransformation):
+        raise TypeError(
+            f"direction must be an optax.GradientTransformation from gradient to ascent direction, "
+            f"got {direction!r}. Write direction=gnp.directions.normalized(), with parentheses."
+        )

@@ -1,0 +1,103 @@
+"""The functional core: a drop-in for `jax.value_and_grad`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from gnp_optax import _checks, _loss, _perturbation, _selection, directions
+from gnp_optax._selection import Mask
+
+PyTree = Any
+
+
+def value_and_grad(
+    fun: Callable[..., Any],
+    r: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
+    *,
+    direction: optax.GradientTransformation | None = None,
+    mask: Mask = None,
+    scope: str = "all",
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, PyTree]]:
+    """Return a function for the value of `fun` and its regularized gradient.
+
+    As `jax.value_and_grad(fun, has_aux=has_aux)`, with, in place of the gradient g,
+
+        g_reg = (1 - alpha) g + alpha grad fun(params + r * g / ||g||)
+
+    Value and aux come from the unperturbed pass; both passes get the same arguments, random keys
+    included. Any optimizer, `TrainState` or Optax wrapper then works unmodified, since the gradient
+    is regularized before it gets there. Where alpha is 0 there is no second pass.
+
+    Args:
+        fun: Loss `fun(params, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
+        r: Radius of the perturbation, in the units of the parameters: a number or a traced scalar.
+            Not negative. For a schedule pass `schedule(step)`.
+        alpha: Weight of the perturbed gradient, `lambda / r`; a number or a traced scalar. Not
+            negative. 1 is SAM, 0 exactly `jax.value_and_grad`.
+        direction: From the gradient to the ascent direction d in `eps = r * d`; default
+            `gnp.directions.normalized()`. It must have no state, since there is none here.
+        mask: Which leaves are perturbed: `None` (all), a prefix pytree of Python bools, or a
+            callable from the parameters to one (see `gnp.masks`). The norm is over these leaves.
+        scope: `"all"`: every leaf gets g_reg, the gradient of `L + lambda ||grad_S L||`, with S
+            the leaves under the mask. `"masked"`: they get g_reg, the others keep g.
+        has_aux: Whether `fun` returns `(loss, aux)`.
+
+    Returns:
+        A function of `(params, *args, **kwargs)` that returns `(value, g_reg)`, or
+        `((value, aux), g_reg)` with `has_aux`.
+
+    Raises:
+        TypeError: If `fun` does not return a real scalar, or an argument is of the wrong type.
+        ValueError: If a number is negative; if the mask selects nothing or does not fit the
+            parameters; if `direction` has state.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> loss = lambda x, scale: scale * jnp.sum(x**2) / 2
+        >>> value, grad = value_and_grad(loss, r=0.5, alpha=0.2)(jnp.array([3.0, 4.0]), 1.0)
+        >>> float(value), [round(float(g), 4) for g in grad]   # x + lambda x / ||x||, lambda = 0.1
+        (12.5, [3.06, 4.08])
+
+    References:
+        Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
+        Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
+    """
+    for name, number in (("r", r), ("alpha", alpha)):
+        if callable(number):
+            raise TypeError(
+                f"{name} is a schedule, but value_and_grad keeps no step count to read it at. Call "
+                f"it with your own: {name}=schedule(step)."
+            )
+        _checks.check_scalar(name, number)
+    _checks.check_scope(scope)
+    _selection.check_mask(mask)
+    ascent = directions.normalized() if direction is None else direction
+    _checks.check_direction(ascent)
+    with_aux = _loss.with_aux(fun, has_aux)
+
+    @functools.wraps(fun)
+    def value_and_grad_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        def loss(p: PyTree) -> tuple[jax.Array, Any]:
+            return with_aux(p, *args, **kwargs)
+
+        def ascend(g: PyTree) -> tuple[PyTree, Any]:
+            state = ascent.init(params)
+            if jax.tree.leaves(state):
+                raise ValueError(
+                    "This direction has a state, and value_and_grad keeps none between steps. Use "
+                    "the transformation: gnp.gradient_regularization(r, alpha, direction=...)."
+                )
+            return ascent.update(g, state, params)
+
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        regularized, _, _ = _perturbation.regularize(
+            loss, grads, params, ascend, r=r, alpha=alpha, mask=mask, scope=scope
+        )
+        return ((value, aux) if has_aux else value), regularized
+
+    return value_and_grad_fn

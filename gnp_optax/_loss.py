@@ -1,0 +1,109 @@
+"""The user's loss function, checked where it is called."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+# From the parameters to the scalar loss and whatever else it returned.
+Loss = Callable[[PyTree], tuple[jax.Array, Any]]
+
+
+def with_aux(fun: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
+    """Return `fun` in the form `(value, aux)`, raising unless the value is a real scalar."""
+
+    def loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        out = fun(*args, **kwargs)
+        if has_aux:
+            if not (isinstance(out, tuple) and len(out) == 2):
+                raise TypeError(
+                    f"With has_aux=True the loss must return a pair (loss, aux), but it returned "
+                    f"{_kind(out)}."
+                )
+            value, aux = out
+        else:
+            value, aux = out, None
+        _check_scalar(value, has_aux)
+        return value, aux
+
+    return loss
+
+
+def closure(
+    value_fn: Callable[..., Any] | None, extra_args: Mapping[str, Any], has_aux: bool
+) -> Loss:
+    """Return the loss of the parameters alone: `value_fn` with the extra args that it names.
+
+    As with Optax's line searches, an extra arg is forwarded when it is a named parameter of
+    `value_fn`; the first parameter is the model's parameters, whatever its name.
+    """
+    if value_fn is None:
+        raise TypeError(
+            "Gradient regularization needs the loss: tx.update(grads, opt_state, params, "
+            "value_fn=loss_fn), where loss_fn(params) is the loss on this batch. If you passed "
+            "value_fn, a wrapper dropped it: optax.lookahead, an optax.GradientTransformation made "
+            "by hand, and optax.MultiSteps inside a chain hand on no extra args. Put the "
+            "regularization outside: optax.chain(gnp.gradient_regularization(r, alpha), wrapped)."
+        )
+    if not callable(value_fn):
+        raise TypeError(f"value_fn must be a function of the parameters, got {_kind(value_fn)}.")
+    named = _keywords(value_fn)
+    kwargs = {name: value for name, value in extra_args.items() if name in named}
+    loss = with_aux(value_fn, has_aux)
+
+    def of_params(params: PyTree) -> tuple[jax.Array, Any]:
+        try:
+            return loss(params, **kwargs)
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            if not _is_vector(params):
+                raise
+            raise TypeError(
+                f"The loss failed on the parameters it was given, a single vector of shape "
+                f"{jnp.shape(params)}: {error} If optax.flatten is wrapped around the gradient "
+                f"regularization, the loss no longer sees the tree it was written for. Put it "
+                f"outside: optax.chain(gnp.gradient_regularization(r, alpha), optax.flatten(...))."
+            ) from error
+
+    return of_params
+
+
+def _keywords(fun: Callable[..., Any]) -> set[str]:
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):  # a builtin without a signature
+        return set()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_position = parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
+    return {p.name for p in parameters[1 if by_position else 0 :] if p.kind in kinds}
+
+
+def _check_scalar(value: Any, has_aux: bool) -> None:
+    if isinstance(value, tuple) and not has_aux:
+        raise TypeError(
+            f"The loss must return a scalar, but it returned {_kind(value)}. If that is "
+            f"(loss, aux), say so: has_aux=True."
+        )
+    try:
+        shape, dtype = jnp.shape(value), jnp.result_type(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"The loss must return a scalar, but it returned {_kind(value)}.") from None
+    if shape != ():
+        raise TypeError(
+            f"The loss must return a scalar, but it returned an array of shape {shape}. Reduce it "
+            f"over the examples: loss.mean()."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"The loss must be a real floating-point scalar, but it is {dtype}.")
+
+
+def _is_vector(params: PyTree) -> bool:
+    return isinstance(params, jax.Array) and params.ndim == 1
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of length {len(value)}"
+    return f"{value!r}" if value is None or isinstance(value, str) else f"a {type(value).__name__}"

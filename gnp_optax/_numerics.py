@@ -1,0 +1,56 @@
+"""Arithmetic that is safe in every floating-point type."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the type to compute in for leaves of `dtype`: float32, or wider where the leaf is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def real(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the real type of the same width: float32 for complex64, float64 for complex128."""
+    return jnp.finfo(dtype).dtype
+
+
+def is_inexact(leaf: object) -> bool:
+    """Tell whether a leaf can be differentiated and perturbed: floating point or complex."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+
+def norm(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Euclidean norm over all elements of all leaves, in float32 or wider.
+
+    The elements are divided by the largest before they are squared, so that neither a float16
+    gradient of 1e-4 nor a float32 gradient of 1e-25 underflows to 0, and 1e25 does not overflow.
+    """
+    magnitudes = [jnp.abs(jnp.asarray(x, wide(jnp.result_type(x)))) for x in leaves]
+    if not magnitudes:
+        return jnp.zeros([], jnp.float32)
+    largest = jnp.stack([jnp.max(x, initial=0) for x in magnitudes]).max()
+    scale = jnp.where(largest > 0, largest, 1)
+    total = sum(jnp.sum(jnp.square(x / scale.astype(x.dtype))) for x in magnitudes)
+    return scale * jnp.sqrt(total)
+
+
+def divide(x: jax.Array, total: jax.Array) -> jax.Array:
+    """Divide a leaf by a norm, in the leaf's wide type; 0 where the norm is 0."""
+    nonzero = jnp.where(total > 0, total, 1)
+    x = jnp.asarray(x, wide(jnp.result_type(x)))
+    # `total > 0` is False for NaN too: a NaN leaf divided by 1 stays NaN, as it should.
+    return x / nonzero.astype(real(x.dtype))
+
+
+def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Cast to `dtype`, surely rounding.
+
+    XLA may drop a cast to bfloat16 that is followed by a cast back to float32
+    (`xla_allow_excess_precision`); it may not drop `reduce_precision`.
+    """
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
+        info = jnp.finfo(dtype)
+        x = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    return x.astype(dtype)

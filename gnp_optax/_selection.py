@@ -1,0 +1,98 @@
+"""From a mask and the parameters to one Python bool per leaf."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from gnp_optax import _numerics, _paths
+
+PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+MASK_AS_SCHEDULE = (
+    "The mask was taken for a schedule and called with a step count: optax.inject_hyperparams does "
+    "so with every callable. Name the mask static: optax.inject_hyperparams("
+    "gnp.gradient_regularization, static_args=('mask',))(...)."
+)
+
+
+def check_mask(mask: Mask) -> None:
+    """Raise for a mask that is wrong whatever the parameters are."""
+    if isinstance(mask, (bool, np.bool_)):
+        raise ValueError(
+            f"mask={mask} says the same of every leaf. To perturb all of them write mask=None. If "
+            f"you passed a callable: {MASK_AS_SCHEDULE}"
+        )
+    if not _is_callable(mask):
+        _check_bools(mask)
+
+
+def selected_leaves(mask: Mask, params: PyTree) -> list[bool]:
+    """Return, for every leaf of `params`, whether it is perturbed.
+
+    Chosen in Python, never traced: an unselected leaf then stays the very same array, and only
+    leaves that can be differentiated are selected.
+    """
+    check_params(params)
+    leaves, treedef = jax.tree.flatten(params)
+    differentiable = [_numerics.is_inexact(leaf) for leaf in leaves]
+    if mask is None:
+        selected = differentiable
+    else:
+        prefix = mask(params) if _is_callable(mask) else mask
+        _check_bools(prefix)
+        try:
+            full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), prefix, params)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"The mask is no prefix of the parameters. Mask: {jax.tree.structure(prefix)}. "
+                f"Parameters: {treedef}. A callable mask such as gnp.masks.by_path('...') works "
+                f"for every structure."
+            ) from error
+        flags = jax.tree.leaves(full)
+        selected = [m and d for m, d in zip(flags, differentiable, strict=True)]
+    if not any(selected):
+        raise ValueError(
+            f"The mask {mask!r} selects none of the parameters. Their paths are "
+            f"{listed(_paths.leaf_paths(params))}."
+        )
+    return selected
+
+
+def check_params(params: PyTree) -> None:
+    """Raise if a wrapper has taken leaves out of the parameters."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) for node in nodes):
+        raise ValueError(
+            "Some parameters are missing (optax.MaskedNode): optax.masked, optax.partition or "
+            "optax.multi_transform is wrapped around the gradient regularization, which has to "
+            "evaluate the loss on all parameters. To regularize some layers only, write "
+            "gnp.gradient_regularization(r, alpha, mask=...); to treat layers differently after "
+            "it, optax.chain(gnp.gradient_regularization(r, alpha), optax.partition(...))."
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Write names as a list that stays short."""
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:12]) + (f", ... ({len(shown)} in all)" if len(shown) > 12 else "")
+
+
+def _is_callable(mask: Mask) -> bool:
+    # Optax's rule: an `eqx.Module` of bools is a pytree, though it may be callable itself.
+    leaves = jax.tree.leaves(mask)
+    return len(leaves) > 0 and all(callable(leaf) for leaf in leaves)
+
+
+def _check_bools(prefix: PyTree) -> None:
+    for leaf in jax.tree.leaves(prefix):
+        if not isinstance(leaf, (bool, np.bool_)):
+            kind = "is traced" if isinstance(leaf, jax.core.Tracer) else f"has the leaf {leaf!r}"
+            raise TypeError(
+                f"A mask must be made of Python bools, but this one {kind}. Which leaves are "
+                f"perturbed has to be known when the step is compiled: pass the mask as a static "
+                f"argument (gnp.masks makes hashable ones) or close over it."
+            )

@@ -1,0 +1,141 @@
+"""Schedules for the radius r and the weight alpha: the three warmups, and every k-th step.
+
+They are Optax schedules: functions from the step count to a number. Give them to
+`gradient_regularization`, or call them with your own step count for `value_and_grad`.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnp_optax import _checks
+
+
+def r_warmup(r: float, warmup_steps: int) -> optax.Schedule:
+    """Grow the radius linearly from 0 during warmup.
+
+    `r_t = r * min(1, t / warmup_steps)`, with alpha held: `lambda_t = alpha * r_t` grows alike.
+    The second gradient is computed in every step, at a point that moves away from the parameters.
+
+    Args:
+        r: Radius of the perturbation after warmup, in the units of the parameters.
+        warmup_steps: Length of the warmup in optimizer steps; 0 is no warmup.
+
+    Returns:
+        A schedule for the `r` of `gradient_regularization`.
+
+    Raises:
+        ValueError: If `r` or `warmup_steps` is negative.
+
+    Example:
+        >>> schedule = r_warmup(0.1, warmup_steps=2)
+        >>> [round(float(schedule(step)), 3) for step in range(4)]
+        [0.0, 0.05, 0.1, 0.1]
+
+    References:
+        Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, r-warmup.
+    """
+    return _linear("r", r, warmup_steps)
+
+
+def lambda_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
+    """Grow the weight of the penalty linearly from 0 during warmup.
+
+    `alpha_t = alpha * min(1, t / warmup_steps)`, with r held, so `lambda_t = alpha_t * r` grows
+    alike. The second gradient is computed in every step but the first, whose weight is 0.
+
+    Args:
+        alpha: Weight of the perturbed gradient after warmup, `lambda / r`; 1 is SAM.
+        warmup_steps: Length of the warmup in optimizer steps; 0 is no warmup.
+
+    Returns:
+        A schedule for the `alpha` of `gradient_regularization`.
+
+    Raises:
+        ValueError: If `alpha` or `warmup_steps` is negative.
+
+    Example:
+        >>> schedule = lambda_warmup(0.8, warmup_steps=2)
+        >>> [round(float(schedule(step)), 3) for step in range(4)]
+        [0.0, 0.4, 0.8, 0.8]
+
+    References:
+        Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, lambda-warmup.
+    """
+    return _linear("alpha", alpha, warmup_steps)
+
+
+def zero_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
+    """Switch regularization on only after warmup.
+
+    `alpha_t = 0` for `t < warmup_steps` and `alpha` afterwards: during warmup the second gradient
+    is not computed.
+
+    Args:
+        alpha: Weight of the perturbed gradient after warmup, `lambda / r`; 1 is SAM.
+        warmup_steps: Length of the warmup in optimizer steps; 0 is no warmup.
+
+    Returns:
+        A schedule for the `alpha` of `gradient_regularization`.
+
+    Raises:
+        ValueError: If `alpha` or `warmup_steps` is negative.
+
+    Example:
+        >>> schedule = zero_warmup(0.5, warmup_steps=2)
+        >>> [float(schedule(step)) for step in range(4)]
+        [0.0, 0.0, 0.5, 0.5]
+
+    References:
+        Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, zero-warmup.
+    """
+    _check_warmup("alpha", alpha, warmup_steps)
+    return optax.join_schedules(
+        [optax.constant_schedule(0.0), optax.constant_schedule(alpha)], [warmup_steps]
+    )
+
+
+def every(k: int, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
+    """Regularize every k-th step only.
+
+    `alpha_t = alpha` for `t = 0, k, 2k, ...` and 0 between, where the second gradient is not
+    computed: `1 + 1/k` gradients a step on average.
+
+    Args:
+        k: Distance between two regularized steps; 1 is every step.
+        alpha: Weight of the perturbed gradient, `lambda / r`; 1 is SAM. A schedule is read at the
+            same step, so that `every(2, zero_warmup(1.0, 100))` does both.
+
+    Returns:
+        A schedule for the `alpha` of `gradient_regularization`.
+
+    Raises:
+        TypeError: If `k` is not an integer.
+        ValueError: If `k < 1` or `alpha` is negative.
+
+    Example:
+        >>> schedule = every(3, 0.5)
+        >>> [float(schedule(step)) for step in range(5)]
+        [0.5, 0.0, 0.0, 0.5, 0.0]
+    """
+    _checks.check_integer("k", k, at_least=1)
+    _checks.check_scalar_or_schedule("alpha", alpha)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        alpha_now = alpha(step) if callable(alpha) else alpha
+        return jnp.where(jnp.asarray(step) % k == 0, alpha_now, 0.0)
+
+    return schedule
+
+
+def _linear(name: str, value: float, warmup_steps: int) -> optax.Schedule:
+    _check_warmup(name, value, warmup_steps)
+    # Optax's linear schedule of length 0 stays at its initial value, which here would be 0.
+    if warmup_steps == 0:
+        return optax.constant_schedule(value)
+    return optax.linear_schedule(0.0, value, warmup_steps)
+
+
+def _check_warmup(name: str, value: float, warmup_steps: int) -> None:
+    _checks.check_scalar(name, value)
+    _checks.check_integer("warmup_steps", warmup_steps, at_least=0)
