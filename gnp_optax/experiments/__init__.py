@@ -1,0 +1,4 @@
+"""A comparison of plain training, gradient regularization, SAM and layer-wise regularization.
+
+Run it with `python -m gnp_optax.experiments`; `--help` explains every option.
+"""

@@ -1,0 +1,160 @@
+"""The options of the comparison, and the methods that it compares."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gnp_optax import schedules
+
+Dataset = Literal["digits", "cifar10"]
+Method = Literal[
+    "plain", "gr", "gr-r-warmup", "gr-lambda-warmup", "gr-zero-warmup", "sam", "layerwise"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a small Vision Transformer, with AdamW and warmup, once per method and seed.
+
+    Prints a table, and writes it, a figure and every metric of every epoch under --out. A run that
+    has finished is never repeated: after an interruption, start the same command again.
+    """
+
+    dataset: Dataset = "digits"
+    """scikit-learn's 8x8 digits (offline), or CIFAR-10. It decides the defaults below: add --help
+    to --dataset cifar10 to see those of CIFAR-10."""
+    data_dir: Path | None = None
+    """Folder with CIFAR-10 as Parquet files. Without it: uoft-cs/cifar10 from the Hugging Face
+    hub."""
+    methods: tuple[Method, ...] = get_args(Method)
+    """Methods to compare. Times are relative to plain."""
+    seeds: int = 3
+    """Runs per method; a seed sets initialisation, order of examples, augmentation, dropout."""
+    out: Path | None = None
+    """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
+
+    epochs: int = 30
+    """Passes over the training set."""
+    warmup_epochs: int = 6
+    """Length of the learning-rate warmup and of the regularization's three warmups."""
+    batch_size: int = 32
+    """Examples per step."""
+    learning_rate: float = 8e-3
+    """Peak of the learning rate, after a linear warmup from 0 and before a cosine to 0."""
+    weight_decay: float = 0.3
+    """Decoupled weight decay of AdamW."""
+    clip_norm: float = 5.0
+    """Largest norm of the gradient that the optimizer sees."""
+
+    r: float = 0.1
+    """Radius of the perturbation (the r of GR, the rho of SAM), and of the reported sharpness."""
+    alpha: float = 0.8
+    """Weight of the perturbed gradient in GR, lambda / r. That of SAM is 1."""
+    layers: int = 4
+    """Layers that layer-wise GR penalizes: those of largest gradient norm, selected every epoch."""
+
+    patch_size: int = 2
+    """Side of a patch in pixels."""
+    width: int = 32
+    """Width of the transformer."""
+    depth: int = 2
+    """Transformer blocks."""
+    heads: int = 2
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout rate of the residual branches."""
+    probe_examples: int = 256
+    """Training examples that measure gradient norm and sharpness and select layers."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        counts = (
+            "seeds",
+            "epochs",
+            "batch_size",
+            "layers",
+            "patch_size",
+            "width",
+            "depth",
+            "heads",
+        )
+        for name in (*counts, "probe_examples", "learning_rate", "clip_norm", "r"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_option(name)} must be positive, got {getattr(self, name)}.")
+        if self.alpha < 0 or self.weight_decay < 0 or not 0 <= self.dropout < 1:
+            raise ValueError("--alpha, --weight-decay must not be negative, --dropout in [0, 1).")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError("--warmup-epochs must lie between 0 and --epochs.")
+        if self.width % self.heads:
+            raise ValueError("--width must be a multiple of --heads.")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError("--methods must name at least one method, and each one once.")
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ValueError("--data-dir is for --dataset cifar10; the digits come with the code.")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What determines a run: neither where the results go nor how many runs there are."""
+        recipe = dataclasses.asdict(self)
+        for name in ("data_dir", "methods", "seeds", "out"):
+            del recipe[name]
+        return recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        digest = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
+        return self.out or Path("results") / f"{self.dataset}-{digest[:8]}"
+
+
+# On digits: learning rate and weight decay chosen for plain training, r and alpha the papers'.
+DEFAULTS: dict[str, Config] = {
+    "digits": Config(),
+    "cifar10": Config(
+        dataset="cifar10",
+        epochs=60,
+        warmup_epochs=8,
+        batch_size=128,
+        learning_rate=1e-3,
+        patch_size=4,
+        width=96,
+        depth=6,
+        heads=3,
+        probe_examples=1024,
+    ),
+}
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def regularization(config: Config, method: Method, steps: int, warmup_steps: int) -> jax.Array:
+    """Return the radius and the weight of every step of a run, as an array of shape (steps, 2)."""
+    r: optax.ScalarOrSchedule = config.r
+    alpha: optax.ScalarOrSchedule = config.alpha
+    match method:
+        case "plain":
+            alpha = 0.0
+        case "sam":
+            alpha = 1.0
+        case "gr-r-warmup":
+            r = schedules.r_warmup(config.r, warmup_steps)
+        case "gr-lambda-warmup":
+            alpha = schedules.lambda_warmup(config.alpha, warmup_steps)
+        case "gr-zero-warmup":
+            alpha = schedules.zero_warmup(config.alpha, warmup_steps)
+        case "gr" | "layerwise":
+            pass
+
+    def at(step: jax.Array) -> jax.Array:
+        pair = [value(step) if callable(value) else value for value in (r, alpha)]
+        return jnp.stack([jnp.asarray(value, jnp.float32) for value in pair])
+
+    return jax.vmap(at)(jnp.arange(steps))

@@ -1,0 +1,143 @@
+"""The data sets, and augmentation on device."""
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class Split(NamedTuple):
+    """Examples: images of shape (n, height, width, channels), uint8, and labels of shape (n,)."""
+
+    images: jax.Array
+    labels: jax.Array
+
+
+class Data(NamedTuple):
+    """A data set; pixels are normalised to `(pixel / scale - mean) / std`, per channel."""
+
+    train: Split
+    test: Split
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmented: bool
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """Turn uint8 pixels into float32 of about zero mean and unit variance."""
+        mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
+        return (images.astype(jnp.float32) / self.scale - mean) / std
+
+    def augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """Pad by 4 reflected pixels, crop at random, flip half of the images."""
+        if not self.augmented:
+            return images
+        batch, side = images.shape[0], images.shape[1]
+        crop_key, flip_key = jax.random.split(key)
+        padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
+        corners = jax.random.randint(crop_key, (batch, 2), 0, 9)
+
+        def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+            start = (corner[0], corner[1], 0)
+            return jax.lax.dynamic_slice(image, start, (side, side, image.shape[-1]))
+
+        cropped = jax.vmap(crop)(padded, corners)
+        flips = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
+        return jnp.where(flips, cropped[:, :, ::-1], cropped)
+
+
+def digits() -> Data:
+    """Load scikit-learn's handwritten digits: 1797 images of 8x8, a third of them for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+    splits = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
+    train_images, test_images, train_labels, test_labels = map(jnp.asarray, splits)
+    train = Split(train_images, train_labels)
+    test = Split(test_images, test_labels)
+    return Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,), augmented=False)
+
+
+def cifar10(data_dir: Path | None) -> Data:
+    """Load CIFAR-10 from Parquet files in the layout of the hub's `uoft-cs/cifar10`.
+
+    Args:
+        data_dir: A folder with `train-*.parquet` and `test-*.parquet`, at any depth. `None`
+            downloads the data set from the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: If the folder or a split is missing.
+        ConnectionError: If the hub cannot be reached.
+        ValueError: If a file is corrupt or has other columns.
+    """
+    folder = _download() if data_dir is None else data_dir
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--data-dir: there is no folder {folder}.")
+    train, test = (_read_split(folder, name) for name in ("train", "test"))
+    return Data(train, test, scale=255.0, mean=CIFAR10_MEAN, std=CIFAR10_STD, augmented=True)
+
+
+def _download() -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download("uoft-cs/cifar10", repo_type="dataset", allow_patterns="*.parquet")
+    except Exception as error:  # the hub's client raises errors of many libraries
+        raise ConnectionError(
+            f"Could not download uoft-cs/cifar10 from the Hugging Face hub ({error}). With the "
+            f"Parquet files in a local folder, pass --data-dir FOLDER."
+        ) from error
+    return Path(path)
+
+
+def _read_split(folder: Path, name: str) -> Split:
+    import pyarrow
+    from pyarrow import parquet
+
+    files = sorted(folder.rglob(f"{name}-*.parquet"))
+    if not files:
+        raise FileNotFoundError(f"--data-dir: there is no {name}-*.parquet under {folder}.")
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for file in files:
+        try:
+            table = parquet.read_table(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is not a readable Parquet file: {error}") from error
+        if not {"img", "label"} <= set(table.column_names):
+            raise ValueError(
+                f"{file} has the columns {table.column_names}; needed are 'img' (a struct with "
+                f"the encoded image in 'bytes') and 'label'."
+            )
+        for row, (image, label) in enumerate(
+            zip(table["img"].to_pylist(), table["label"].to_pylist(), strict=True)
+        ):
+            images.append(_decode(image, file, row))
+            labels.append(label)
+    if not images:
+        raise ValueError(f"The {name} split under {folder} is empty.")
+    if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
+        raise ValueError(f"The labels of the {name} split must be integers from 0 to 9.")
+    return Split(jnp.asarray(np.stack(images)), jnp.asarray(labels, jnp.int32))
+
+
+def _decode(image: object, file: Path, row: int) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    if not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
+        raise ValueError(f"{file}, row {row}: 'img' must be a struct with 'bytes'.")
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{file}, row {row}: the image cannot be decoded: {error}") from error
+    if pixels.shape != (32, 32, 3):
+        raise ValueError(f"{file}, row {row}: the image is {pixels.shape}, not 32x32x3.")
+    return pixels

@@ -1,0 +1,94 @@
+"""The file of finished runs, which an interruption cannot damage."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import optax
+
+from gnp_optax import __version__
+from gnp_optax.experiments.config import Config, Method
+
+Metrics = dict[str, Any]
+Run = tuple[Method, int]
+
+
+class Records:
+    """The metrics of every epoch of every finished run, in `runs.jsonl`.
+
+    The first line holds the options and the versions; each further line one epoch. A run is
+    appended whole when it has finished, so that a run is in the file completely or not at all; what
+    an interruption may leave of a run that was being appended is dropped at the next start.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.folder / "runs.jsonl"
+        self.runs: dict[Run, list[Metrics]] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _read(self.path)
+        if lines and lines[0].get("options") != config.recipe:
+            raise ValueError(
+                f"{self.path} was made with other options: {_differences(lines[0], config)}. "
+                f"Choose another folder with --out, or remove that one."
+            )
+        for line in lines[1:]:
+            self.runs.setdefault((line["method"], line["seed"]), []).append(line)
+        complete = {
+            run: epochs for run, epochs in self.runs.items() if len(epochs) == config.epochs
+        }
+        self.runs = complete
+        header = lines[0] if lines else {"options": config.recipe, **_environment()}
+        _write(self.path, [header, *(line for epochs in complete.values() for line in epochs)])
+
+    def append(self, run: Run, epochs: list[Metrics]) -> None:
+        """Add a finished run, to the file first."""
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in epochs))
+            file.flush()
+            os.fsync(file.fileno())
+        self.runs[run] = epochs
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if not text.endswith("\n"):  # the last line of a run that was being appended
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+    return lines
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> None:
+    # A rename is atomic: there is never a moment with half a file.
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(path)
+
+
+def _differences(header: dict[str, Any], config: Config) -> str:
+    made = header.get("options", {})
+    names = [name for name, value in config.recipe.items() if made.get(name) != value]
+    return ", ".join(f"{n} {made.get(n)!r} instead of {config.recipe[n]!r}" for n in names)
+
+
+def _environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "gnp_optax": __version__,
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+            "flax": flax.__version__,
+        },
+        "device": f"{device.device_kind}, {os.cpu_count()} CPU cores",
+    }

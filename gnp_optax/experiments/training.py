@@ -1,0 +1,177 @@
+"""Train one model with one method and seed, an epoch at a time."""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import gnp_optax as gnp
+from gnp_optax.experiments.config import Config, Method, regularization
+from gnp_optax.experiments.data import Data, Split
+from gnp_optax.experiments.model import ViT
+
+Params = Any
+Metrics = dict[str, Any]
+
+
+class State(NamedTuple):
+    """What a step needs of the step before it."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    key: jax.Array
+
+
+class Trainer:
+    """The compiled functions of one configuration, shared by all its runs.
+
+    A method is its radius and weight at every step, and a mask. The first two are inputs of the
+    compiled epoch, so that plain GR, its warmups and SAM share one compilation; a mask is static.
+    """
+
+    def __init__(self, config: Config, data: Data) -> None:
+        self.config = config
+        self.data = data
+        self.steps_per_epoch = len(data.train.labels) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"--batch-size exceeds the {len(data.train.labels)} examples.")
+        steps = config.epochs * self.steps_per_epoch
+        self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, self.warmup_steps, steps
+        )
+        self.optimizer = optax.chain(
+            optax.clip_by_global_norm(config.clip_norm),
+            optax.adamw(schedule, weight_decay=config.weight_decay),
+        )
+        self.model = ViT(
+            classes=10,
+            patch=config.patch_size,
+            width=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            dropout=config.dropout,
+        )
+        probe = slice(config.probe_examples)
+        self.probe = Split(data.train.images[probe], data.train.labels[probe])
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def run(self, method: Method, seed: int) -> Iterator[Metrics]:
+        """Train from scratch; yield the metrics of each epoch."""
+        config = self.config
+        schedule = regularization(
+            config, method, config.epochs * self.steps_per_epoch, self.warmup_steps
+        )
+        state = self._init(jax.random.key(seed))
+        for epoch in range(config.epochs):
+            mask = self._select(state.params) if method == "layerwise" else None
+            first = epoch * self.steps_per_epoch
+            scheduled = schedule[first : first + self.steps_per_epoch]
+            inputs = (state, self.data.train, None if method == "plain" else scheduled)
+            train_epoch = self._compile(inputs, mask)
+            start = time.perf_counter()
+            state, train_loss = jax.block_until_ready(train_epoch(*inputs))
+            seconds = time.perf_counter() - start
+            yield {
+                "method": method,
+                "seed": seed,
+                "epoch": epoch + 1,
+                "train_loss": float(train_loss),
+                **{name: float(x) for name, x in self._evaluate(state.params).items()},
+                "gradients_per_step": 1 + float((scheduled[:, 1] != 0).mean()),
+                "seconds_per_step": seconds / self.steps_per_epoch,
+                "perturbed_layers": list(mask.paths) if mask else None,
+            }
+            if not jnp.isfinite(train_loss):
+                raise FloatingPointError(f"{method}, seed {seed}: the loss is {train_loss}.")
+
+    @functools.cached_property
+    def _init(self) -> Callable[[jax.Array], State]:
+        def init(key: jax.Array) -> State:
+            init_key, key = jax.random.split(key)
+            images = self.data.normalize(self.data.train.images[:1])
+            params: Params = self.model.init(init_key, images)["params"]
+            return State(params, self.optimizer.init(params), jnp.zeros([], jnp.int32), key)
+
+        return jax.jit(init)
+
+    def _loss(self, params: Params, images: jax.Array, labels: jax.Array, key: Any) -> jax.Array:
+        """Mean cross-entropy; with a key in training mode, without one in evaluation mode."""
+        rngs = None if key is None else {"dropout": key}
+        images = self.data.normalize(images)
+        logits = self.model.apply({"params": params}, images, train=key is not None, rngs=rngs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def _train_epoch(
+        self, state: State, train: Split, scheduled: jax.Array | None, mask: Any
+    ) -> tuple[State, jax.Array]:
+        shuffle_key, key = jax.random.split(state.key)
+        order = jax.random.permutation(shuffle_key, len(train.labels))
+        batches = order[: self.steps_per_epoch * self.config.batch_size]
+        batches = batches.reshape(self.steps_per_epoch, -1)
+
+        def step(
+            state: State, inputs: tuple[jax.Array, jax.Array | None]
+        ) -> tuple[State, jax.Array]:
+            batch, r_alpha = inputs
+            augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+            images = self.data.augment(augment_key, train.images[batch])
+            r, alpha = (0.0, 0.0) if r_alpha is None else r_alpha
+            loss, grads = gnp.value_and_grad(
+                self._loss, r, alpha, mask=mask, scope="all" if mask is None else "masked"
+            )(state.params, images, train.labels[batch], dropout_key)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return State(params, opt_state, state.step + 1, state.key), loss
+
+        state, losses = jax.lax.scan(step, state._replace(key=key), (batches, scheduled))
+        return state, losses.mean()
+
+    def _compile(self, inputs: tuple[Any, ...], mask: Any) -> Callable[..., Any]:
+        """Compile ahead of time, so that the clock of an epoch never runs during compilation."""
+        key = (mask, inputs[-1] is None)
+        if key not in self._compiled:
+            epoch = jax.jit(functools.partial(self._train_epoch, mask=mask))
+            self._compiled[key] = epoch.lower(*inputs).compile()
+        return self._compiled[key]
+
+    def _select(self, params: Params) -> Any:
+        return gnp.masks.top_k_layers(self._probe_gradient(params), self.config.layers)
+
+    @functools.cached_property
+    def _probe_gradient(self) -> Callable[[Params], Params]:
+        return jax.jit(lambda params: jax.grad(self._loss)(params, *self.probe, None))
+
+    @functools.cached_property
+    def _evaluate(self) -> Callable[[Params], dict[str, jax.Array]]:
+        def evaluate(params: Params) -> dict[str, jax.Array]:
+            """Test error in percent, and on the probe `||g||` and `L(theta + r g/||g||) - L`."""
+
+            def loss(params: Params) -> jax.Array:
+                return self._loss(params, *self.probe, None)
+
+            value, grads = jax.value_and_grad(loss)(params)
+            ascent = gnp.sam(self.config.r)
+            seen: Any
+            _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
+            return {
+                "test_error": self._test_error(params),
+                "gradient_norm": seen.grad_norm,
+                "sharpness": seen.perturbed_loss - value,
+            }
+
+        return jax.jit(evaluate)
+
+    def _test_error(self, params: Params) -> jax.Array:
+        def is_wrong(example: tuple[jax.Array, jax.Array]) -> jax.Array:
+            image, label = example
+            images = self.data.normalize(image[None])
+            return self.model.apply({"params": params}, images)[0].argmax() != label
+
+        wrong = jax.lax.map(is_wrong, tuple(self.data.test), batch_size=512)
+        return 100 * wrong.mean()
