@@ -31,5 +31,10 @@ __all__ = [
 def __getattr__(name: str) -> ModuleType:
     # `gnp.linen` and `gnp.nnx` import Flax, which this package must not need: only when asked for.
     if name in ("linen", "nnx"):
-        return importlib.import_module(f"gnp_optax.{name}")
+        try:
+            return importlib.import_module(f"gnp_optax.{name}")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"gnp_optax.{name} needs Flax: pip install 'gnp-optax[flax]'."
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

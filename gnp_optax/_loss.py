@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 # From the parameters to the scalar loss and whatever else it returned.
@@ -86,10 +87,9 @@ def _check_scalar(value: Any, has_aux: bool) -> None:
             f"The loss must return a scalar, but it returned {_kind(value)}. If that is "
             f"(loss, aux), say so: has_aux=True."
         )
-    try:
-        shape, dtype = jnp.shape(value), jnp.result_type(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"The loss must return a scalar, but it returned {_kind(value)}.") from None
+    if not isinstance(value, (int, float, complex, np.generic, np.ndarray, jax.Array)):
+        raise TypeError(f"The loss must return a scalar, but it returned {_kind(value)}.")
+    shape, dtype = jnp.shape(value), jnp.result_type(value)
     if shape != ():
         raise TypeError(
             f"The loss must return a scalar, but it returned an array of shape {shape}. Reduce it "

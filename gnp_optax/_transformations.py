@@ -108,8 +108,8 @@ def gradient_regularization(
     ascent = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
-        # `optax.tree.map_params` calls `init` with a placeholder, which no mask fits.
-        if all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+        # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
+        if jax.tree.leaves(params):
             _selection.selected_leaves(mask, params)
         return GradientRegularizationState(
             jnp.zeros([], jnp.int32), direction.init(params), *_perturbation.not_run()

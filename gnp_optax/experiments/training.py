@@ -104,7 +104,8 @@ class Trainer:
         """Mean cross-entropy; with a key in training mode, without one in evaluation mode."""
         rngs = None if key is None else {"dropout": key}
         images = self.data.normalize(images)
-        logits = self.model.apply({"params": params}, images, train=key is not None, rngs=rngs)
+        train = key is not None
+        logits: Any = self.model.apply({"params": params}, images, train=train, rngs=rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def _train_epoch(

@@ -1,0 +1,142 @@
+"""Cost, by what is exact: executions, compilations and compiled FLOPs. Never by a clock."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from problems import mlp
+
+import gnp_optax as gnp
+
+STEPS = 12
+
+
+class Counter:
+    """Counts how often a loss is executed, and how often it is traced."""
+
+    def __init__(self, loss):
+        self.loss = loss
+        self.executions = 0
+        self.traces = 0
+
+    def __call__(self, params, *args):
+        self.traces += 1
+        jax.debug.callback(self._execute)
+        return self.loss(params, *args)
+
+    def _execute(self):
+        self.executions += 1
+
+
+def run_transformation(alpha):
+    """Executions of the second pass in 12 steps, and compilations of the step."""
+    params, loss, x, y = mlp()
+    counted = Counter(loss)
+    tx = optax.chain(gnp.gradient_regularization(0.1, alpha), optax.adamw(1e-3))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(loss)(params, x, y)
+        updates, state = tx.update(grads, state, params, value_fn=lambda p: counted(p, x, y))
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    jax.effects_barrier()
+    return counted.executions, step._cache_size()
+
+
+def run_core(alpha):
+    """The same through the functional core, both passes counted: those of the first taken off."""
+    params, loss, x, y = mlp()
+    counted = Counter(loss)
+    tx = optax.adamw(1e-3)
+
+    @jax.jit
+    def step(params, state, t):
+        a = alpha(t) if callable(alpha) else alpha
+        _, grads = gnp.value_and_grad(counted, 0.1, a)(params, x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for t in range(STEPS):
+        params, state = step(params, state, jnp.asarray(t, jnp.int32))
+    jax.effects_barrier()
+    return counted.executions - STEPS, step._cache_size()
+
+
+@pytest.mark.parametrize("run", [run_transformation, run_core])
+@pytest.mark.parametrize(
+    ("alpha", "passes"),
+    [
+        (0.8, STEPS),
+        (0, 0),
+        (gnp.schedules.zero_warmup(0.8, 5), STEPS - 5),
+        (gnp.schedules.lambda_warmup(0.8, 5), STEPS - 1),
+        (gnp.schedules.every(3, 0.8), STEPS // 3),
+        (gnp.schedules.every(2, gnp.schedules.zero_warmup(0.8, 6)), 3),
+    ],
+    ids=["constant", "zero", "zero-warmup", "lambda-warmup", "every", "both"],
+)
+def test_second_passes_executed_with_one_compilation(run, alpha, passes):
+    assert run(alpha) == (passes, 1)
+
+
+def test_the_loss_is_traced_once_a_pass():
+    params, loss, x, y = mlp()
+    counted = Counter(loss)
+    jax.jit(gnp.value_and_grad(counted, 0.1, 0.5)).lower(params, x, y)
+    assert counted.traces == 2
+
+
+def flops(fun, *args):
+    return jax.jit(fun).lower(*args).compile().cost_analysis()["flops"]
+
+
+def large():
+    """Enough examples that arithmetic on the parameters does not count."""
+    params, loss, x, y = mlp()
+    return params, loss, jnp.tile(x, (64, 1)), jnp.tile(y, (64, 1))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_two_gradients_a_step_and_nothing_else(alpha):
+    params, loss, x, y = large()
+    plain = flops(jax.value_and_grad(loss), params, x, y)
+    regularized = flops(gnp.value_and_grad(loss, 0.1, alpha), params, x, y)
+    assert regularized <= 2.01 * plain
+
+
+def test_a_plain_step_when_alpha_is_zero():
+    params, loss, x, y = large()
+    plain = flops(jax.value_and_grad(loss), params, x, y)
+    assert flops(gnp.value_and_grad(loss, 0.1, 0.0), params, x, y) == plain
+
+
+def test_scope_masked_leaves_out_what_it_does_not_use():
+    """Only the head's part of the second backward pass is computed."""
+    params, loss, x, y = large()
+    mask = {"body": False, "head": True}
+    everything = flops(gnp.value_and_grad(loss, 0.1, 0.5, mask=mask), params, x, y)
+    head = flops(gnp.value_and_grad(loss, 0.1, 0.5, mask=mask, scope="masked"), params, x, y)
+    assert head < 0.9 * everything
+
+
+def test_a_static_mask_compiles_once_per_distinct_selection():
+    params, loss, x, y = mlp()
+
+    def gradient(params, mask):
+        return gnp.value_and_grad(loss, 0.1, 0.5, mask=mask)(params, x, y)
+
+    step = jax.jit(gradient, static_argnames="mask")
+    grads = jax.grad(loss)(params, x, y)
+    for mask in [
+        gnp.masks.top_k_layers(grads, 1),
+        gnp.masks.top_k_layers(jax.tree.map(lambda g: 2 * g, grads), 1),
+        gnp.masks.top_k_layers(grads, 2),
+        gnp.masks.top_k_layers(grads, 1),
+    ]:
+        step(params, mask=mask)
+    assert step._cache_size() == 2

@@ -1,0 +1,73 @@
+"""Directions on their own: norms in every type, and zero gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnp_optax import directions
+
+
+def ascend(direction, grads, params=None):
+    return direction.update(grads, direction.init(params), params)[0]
+
+
+def total_norm(tree):
+    return np.sqrt(
+        sum(np.sum(np.abs(np.asarray(x, np.complex128)) ** 2) for x in jax.tree.leaves(tree))
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size", [1e-4, 1.0, 30.0])
+def test_norm_neither_underflows_nor_overflows(dtype, size):
+    """Squares of 1e-4 vanish in float16, and a sum of squares of 30 is infinite there."""
+    grads = {"a": jnp.full(1000, size, dtype), "b": jnp.full((3, 5), -size, dtype)}
+    got = ascend(directions.normalized(), grads)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))
+    np.testing.assert_allclose(total_norm(got), 1, rtol=1e-5)
+    np.testing.assert_allclose(got["a"], 1015**-0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_norm_in_float32_at_the_ends_of_its_range(size):
+    got = ascend(directions.normalized(), jnp.array([3.0, 4.0], jnp.float32) * jnp.float32(size))
+    np.testing.assert_allclose(got, [0.6, 0.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive(0.0)])
+def test_zero_gradient_gives_zero_direction(direction):
+    params = {"a": jnp.ones(3), "b": jnp.zeros(())}
+    got = ascend(direction, jax.tree.map(jnp.zeros_like, params), params)
+    assert total_norm(got) == 0
+
+
+@pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive()])
+def test_not_a_number_stays_one(direction):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    got = ascend(direction, {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)}, params)
+    assert np.isnan(got["a"][1])
+
+
+@pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive(0.0)])
+def test_complex_ascent_is_the_steepest(direction):
+    """`jax.grad` returns the conjugate of the direction of steepest ascent."""
+    params = jnp.array([1.0 + 0.0j, 0.0 + 1.0j], jnp.complex64)
+    target = jnp.array([2.0 + 3.0j, -1.0 + 1.0j], jnp.complex64)
+
+    def loss(z):
+        return jnp.sum(jnp.abs(z - target) ** 2)
+
+    d = ascend(direction, jax.grad(loss)(params), params)
+    # Here |z| = 1, so that both directions are (z - target) / ||z - target||.
+    expected = (params - target) / jnp.linalg.norm(params - target)
+    np.testing.assert_allclose(d, expected, rtol=1e-6)
+
+
+def test_adaptive_direction_is_invariant_under_rescaling():
+    """Scaling a weight up scales its gradient down and its perturbation up by the same factor."""
+    rng = np.random.default_rng(0)
+    w, g, scale = rng.normal(size=(3, 5)).astype(np.float32)
+    one = ascend(directions.adaptive(0.0), jnp.asarray(g), jnp.asarray(w))
+    two = ascend(directions.adaptive(0.0), jnp.asarray(g / scale), jnp.asarray(w * scale))
+    np.testing.assert_allclose(two, one * scale, rtol=1e-5)

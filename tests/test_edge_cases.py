@@ -1,0 +1,239 @@
+"""Parameters of every kind: right numbers, in the types that came in."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import Quadratic, through_transformation
+
+import gnp_optax as gnp
+
+
+def sum_of_squares(tree):
+    """`sum |w|^2 / 2`: the gradient is w, so that `g_reg = (1 + lambda / ||w||) w`."""
+    return sum(jnp.sum(jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32))) ** 2) / 2
+               for x in map(jnp.asarray, jax.tree.leaves(tree)))  # fmt: skip
+
+
+def regularized(params, r=0.5, alpha=0.2, **kwargs):
+    """g_reg by the transformation, under jit; the core must give the same."""
+    tx = gnp.gradient_regularization(r, alpha, **kwargs)
+
+    @jax.jit
+    def update(params):
+        return through_transformation(tx, sum_of_squares, params)
+
+    updates, state = update(params)
+    _, core = jax.jit(gnp.value_and_grad(sum_of_squares, r, alpha, **kwargs))(params)
+    jax.tree.map(np.testing.assert_array_equal, updates, core)
+    return updates, state
+
+
+def expect(params, got, factor, rtol=1e-6):
+    assert jax.tree.structure(got) == jax.tree.structure(params)
+    jax.tree.map(lambda w, g: np.testing.assert_allclose(g, factor * w, rtol=rtol), params, got)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Dense:
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def trees():
+    from flax import nnx
+    from flax.core import FrozenDict
+
+    class Module(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Param(jnp.array([3.0]))
+            self.b = nnx.Param(jnp.array([[4.0]]))
+
+    a, b = jnp.array([3.0]), jnp.array([[4.0]])
+    return {
+        "dict": {"x": {"a": a}, "b": b},
+        "tuple": (a, (b,)),
+        "list": [a, [b]],
+        "dataclass": Dense(kernel=b, bias=a),
+        "FrozenDict": FrozenDict({"x": {"a": a}, "b": b}),
+        "NNX State": nnx.state(Module(), nnx.Param),
+        "None leaves": {"a": a, "none": None, "b": (b, None)},
+        "empty subtrees": {"a": a, "empty": {}, "b": [b, ()]},
+        "array": jnp.array([3.0, 4.0]),
+    }
+
+
+@pytest.mark.parametrize("kind", trees())
+def test_every_kind_of_tree(kind):
+    params = trees()[kind]  # of norm 5
+    got, state = regularized(params)
+    expect(params, got, 1 + 0.1 / 5)
+    np.testing.assert_allclose(state.perturbation_norm, 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in trees() if kind != "array"])
+def test_every_kind_of_tree_with_a_mask_of_the_same_kind(kind):
+    params = trees()[kind]
+    mask = jax.tree.map(lambda x: x.ndim == 2, params)  # the leaf with 4
+    got, _ = regularized(params, mask=mask, scope="masked")
+    expected = jax.tree.map(lambda x: (1 + 0.1 / 4 if x.ndim == 2 else 1) * x, params)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-6), got, expected)
+
+
+def test_a_mask_may_be_a_prefix():
+    params = {"body": {"a": jnp.array([3.0]), "b": (jnp.array([4.0]),)}, "head": jnp.array([9.0])}
+    for mask in ({"body": True, "head": False}, {"body": {"a": True, "b": True}, "head": False}):
+        got, _ = regularized(params, mask=mask, scope="masked")
+        expect(params["body"], got["body"], 1 + 0.1 / 5)
+        expect(params["head"], got["head"], 1)
+
+
+def test_a_mask_may_be_a_callable_module():
+    """An `eqx.Module` of bools is a pytree of bools, though it can be called."""
+    import equinox as eqx
+
+    model = eqx.nn.Linear(1, 1, key=jax.random.key(0))
+    params = eqx.tree_at(lambda m: (m.weight, m.bias), model, (jnp.ones((1, 1)), jnp.ones(1)))
+    mask = eqx.tree_at(lambda m: (m.weight, m.bias), params, (True, False))
+    got, _ = regularized(params, mask=mask, scope="masked")
+    np.testing.assert_allclose([got.weight.item(), got.bias.item()], [1.1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("params", [jnp.array(2.0), 2.0, np.float32(2.0)])
+def test_a_single_scalar(params):
+    got, _ = regularized(params)
+    np.testing.assert_allclose(got, 2.1, rtol=1e-6)
+    assert jnp.shape(got) == ()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 1.7])
+def test_zero_gradient(alpha):
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(())}
+    got, state = regularized(params, alpha=alpha)
+    expect(params, got, 0)
+    assert [float(x) for x in state[2:]] == [0, 0, 0, 0]
+
+
+def test_zero_radius_is_the_plain_gradient_and_a_second_pass():
+    params = {"a": jnp.array([3.0, 4.0])}
+    got, state = regularized(params, r=0.0, alpha=0.8)
+    expect(params, got, 1)
+    assert float(state.perturbation_norm) == 0
+    np.testing.assert_allclose(state.cosine, 1, rtol=1e-6)
+
+
+def test_zero_weight_is_bit_for_bit_the_plain_gradient():
+    params = {"a": jnp.array([0.1, -0.3]), "b": jnp.array(1e-30)}
+    plain = jax.grad(sum_of_squares)(params)
+    for alpha in (0, 0.0, jnp.zeros(()), lambda step: jnp.zeros(())):
+        tx = gnp.gradient_regularization(0.1, alpha)
+        got, state = through_transformation(tx, sum_of_squares, params)
+        jax.tree.map(np.testing.assert_array_equal, got, plain)
+        assert np.isnan([float(x) for x in state[2:]]).all()
+        if not callable(alpha):
+            _, core = gnp.value_and_grad(sum_of_squares, 0.1, alpha)(params)
+            jax.tree.map(np.testing.assert_array_equal, core, plain)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("alpha", [0.2, lambda step: jnp.asarray(0.2)], ids=["number", "schedule"])
+def test_half_precision_leaves_keep_their_type(dtype, alpha):
+    params = {"half": jnp.array([3.0], dtype), "full": jnp.array([4.0])}
+    tx = gnp.gradient_regularization(0.5, alpha)
+    got, state = jax.jit(lambda p: through_transformation(tx, sum_of_squares, p))(params)
+    assert {name: leaf.dtype for name, leaf in got.items()} == {"half": dtype, "full": jnp.float32}
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(got["half"]), [3 * 1.02], rtol=2 * eps)
+    np.testing.assert_allclose(got["full"], [4 * 1.02], rtol=1e-5)
+    assert all(x.dtype == jnp.float32 for x in state[2:])
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_perturbation_norm_is_that_of_the_rounded_parameters(jit):
+    """In bfloat16, 1 + 1e-3 is 1: nothing moves, and the state says so."""
+    params = jnp.ones(4, jnp.bfloat16)
+    tx = gnp.sam(2e-3)  # 1e-3 on each of the four
+
+    def update(p):
+        return through_transformation(tx, sum_of_squares, p)
+
+    _, state = (jax.jit(update) if jit else update)(params)
+    assert float(state.perturbation_norm) == 0
+    _, state = through_transformation(gnp.sam(2e-2), sum_of_squares, params)
+    np.testing.assert_allclose(state.perturbation_norm, 2 * 2**-7, rtol=1e-6)
+
+
+def test_complex_leaves_converge_to_the_exact_penalty():
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3), jnp.complex64)
+    params = jnp.asarray(rng.normal(size=3) + 1j * rng.normal(size=3), jnp.complex64)
+    lam = 0.5
+
+    def loss(z):
+        return jnp.sum(jnp.abs(z**2 - target) ** 2)
+
+    def penalized(z):
+        return loss(z) + lam * jnp.sqrt(jnp.sum(jnp.abs(jax.grad(loss)(z)) ** 2))
+
+    exact = jax.grad(penalized)(params)
+    r = 1e-3
+    _, got = gnp.value_and_grad(loss, r, lam / r)(params)
+    np.testing.assert_allclose(got, exact, rtol=1e-2)
+    assert got.dtype == jnp.complex64
+
+
+def test_integer_leaves_pass_through_the_transformation():
+    params = {"w": jnp.array([3.0, 4.0]), "count": jnp.array(7)}
+    tx = gnp.gradient_regularization(0.5, 0.2)
+    grads = jax.grad(lambda p: sum_of_squares(p["w"]), allow_int=True)(params)
+    got, _ = tx.update(grads, tx.init(params), params, value_fn=lambda p: sum_of_squares(p["w"]))
+    np.testing.assert_allclose(got["w"], [3.06, 4.08], rtol=1e-6)
+    assert got["count"].dtype == jax.dtypes.float0
+
+
+def test_updates_of_another_type_than_the_parameters_keep_theirs():
+    params = jnp.array([3.0, 4.0], jnp.bfloat16)
+    tx = gnp.gradient_regularization(0.5, 0.2)
+    got, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(params), params, value_fn=sum_of_squares)
+    assert got.dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixed_float32_and_float64():
+    params = {"a": jnp.array([3.0], jnp.float32), "b": jnp.array([4.0], jnp.float64)}
+    got, state = regularized(params)
+    assert (got["a"].dtype, got["b"].dtype) == (jnp.float32, jnp.float64)
+    np.testing.assert_allclose(got["b"], [4 * 1.02], rtol=1e-7)
+    assert state.perturbed_loss.dtype == jnp.float32
+
+
+def test_state_keeps_its_layout_and_types():
+    """So that a step is compiled once, `lax.scan` carries it, and a checkpoint fits any mask."""
+    problem = Quadratic()
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), problem.params)
+    layouts = set()
+    for mask in (None, gnp.masks.by_path("head")):
+        for alpha in (0.5, 0.0, gnp.schedules.zero_warmup(0.5, 1)):
+            tx = gnp.gradient_regularization(0.1, alpha, mask=mask)
+            states = [tx.init(params)]
+            for _ in range(2):
+                _, state = tx.update(problem.params, states[-1], params, value_fn=problem.loss)
+                states.append(state)
+            for state in states:
+                leaves = jax.tree.leaves(state)
+                assert not any(leaf.weak_type for leaf in leaves)
+                avals = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+                layouts.add((jax.tree.structure(state), avals))
+    assert len(layouts) == 1
+
+
+def test_params_that_need_no_gradient_reach_the_loss_as_they_are():
+    """`optax.tree.map_params` works: `init` does no arithmetic on the placeholder it is given."""
+    tx = optax.chain(gnp.sam(0.1, mask=gnp.masks.by_path("a")), optax.adam(1e-3))
+    state = tx.init({"a": jnp.ones(2)})
+    doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
+    np.testing.assert_array_equal(optax.tree_utils.tree_get(doubled, "mu")["a"], 1)

@@ -1,0 +1,291 @@
+"""Misuse: every message says what is wrong and what to write instead."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gnp_optax as gnp
+
+PARAMS = {"body": jnp.ones((2, 2)), "head": jnp.ones(2)}
+HEAD = gnp.masks.by_path("head")
+
+
+def loss(params):
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+def named_loss(params):
+    return jnp.sum(params["body"] ** 2) + jnp.sum(params["head"] ** 2)
+
+
+def update(tx, params=PARAMS, **extra_args):
+    grads = jax.tree.map(jnp.ones_like, params)
+    return tx.update(grads, tx.init(params), params, **extra_args)
+
+
+def core(*args, fun=loss, params=PARAMS, **kwargs):
+    return gnp.value_and_grad(fun, *(args or (0.1, 0.5)), **kwargs)(params)
+
+
+def by_sam(wrap, **extra_args):
+    return lambda: update(wrap(gnp.sam(0.1)), value_fn=named_loss, **extra_args)
+
+
+gr = functools.partial(gnp.gradient_regularization, 0.1, 0.5)
+inject = optax.inject_hyperparams(gnp.gradient_regularization)
+
+CASES = {
+    # Wrappers in the wrong place.
+    "masked": (
+        by_sam(lambda t: optax.masked(t, {"body": True, "head": False})),
+        ValueError,
+        "mask=",
+    ),
+    "multi_transform": (
+        by_sam(
+            lambda t: optax.multi_transform(
+                {"a": optax.chain(t, optax.sgd(0.1)), "b": optax.sgd(0.1)},
+                {"body": "a", "head": "b"},
+            )
+        ),
+        ValueError,
+        "optax.partition or optax.multi_transform is wrapped around",
+    ),
+    "flatten": (by_sam(optax.flatten), TypeError, "optax.flatten is wrapped around"),
+    "lookahead": (
+        lambda: (lambda tx, params: tx.update(PARAMS, tx.init(params), params))(
+            optax.lookahead(optax.chain(gnp.sam(0.1), optax.sgd(0.1)), 5, 0.5),
+            optax.LookaheadParams.init_synced(PARAMS),
+        ),
+        TypeError,
+        "optax.lookahead",
+    ),
+    "MultiSteps in a chain": (
+        by_sam(lambda t: optax.chain(optax.MultiSteps(t, 2).gradient_transformation())),
+        TypeError,
+        "optax.MultiSteps inside a chain",
+    ),
+    "a plain GradientTransformation": (
+        by_sam(lambda t: optax.chain(optax.GradientTransformation(t.init, t.update))),
+        TypeError,
+        "Put the regularization outside",
+    ),
+    "inject_hyperparams, mask that returns a bool": (
+        lambda: inject(
+            r=0.1, alpha=0.5, mask=lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)
+        ).init(PARAMS),
+        ValueError,
+        r"static_args=\('mask',\)",
+    ),
+    "inject_hyperparams, mask of ours": (
+        lambda: inject(r=0.1, alpha=0.5, mask=HEAD).init(PARAMS),
+        ValueError,
+        r"static_args=\('mask',\)",
+    ),
+    "inject_hyperparams, matrices": (
+        lambda: inject(r=0.1, alpha=0.5, mask=gnp.masks.matrices()).init(PARAMS),
+        ValueError,
+        r"static_args=\('mask',\)",
+    ),
+    # The loss.
+    "no value_fn": (lambda: update(gnp.sam(0.1)), TypeError, r"value_fn=loss_fn"),
+    "value_fn is no function": (
+        lambda: update(gnp.sam(0.1), value_fn=jnp.ones(())),
+        TypeError,
+        "must be a function of the parameters",
+    ),
+    "no params": (
+        lambda: gnp.sam(0.1).update(PARAMS, gnp.sam(0.1).init(PARAMS), value_fn=loss),
+        ValueError,
+        r"tx.update\(grads, opt_state, params, value_fn=loss_fn\)",
+    ),
+    "loss per example": (
+        lambda: update(gnp.sam(0.1), value_fn=lambda p: p["head"] ** 2),
+        TypeError,
+        r"shape \(2,\).*loss.mean\(\)",
+    ),
+    "loss of shape (1,)": (
+        lambda: update(gnp.sam(0.1), value_fn=lambda p: loss(p)[None]),
+        TypeError,
+        r"shape \(1,\)",
+    ),
+    "aux without has_aux": (
+        lambda: update(gnp.sam(0.1), value_fn=lambda p: (loss(p), p)),
+        TypeError,
+        "has_aux=True",
+    ),
+    "has_aux without aux": (
+        lambda: update(gnp.sam(0.1, has_aux=True), value_fn=loss),
+        TypeError,
+        r"pair \(loss, aux\)",
+    ),
+    "integer loss": (
+        lambda: update(gnp.sam(0.1), value_fn=lambda p: jnp.array(1)),
+        TypeError,
+        "int32",
+    ),
+    "complex loss": (
+        lambda: update(gnp.sam(0.1), value_fn=lambda p: loss(p) + 0j),
+        TypeError,
+        "complex64",
+    ),
+    "loss that returns nothing": (lambda: update(gnp.sam(0.1), value_fn=print), TypeError, "None"),
+    "core: loss per example": (
+        lambda: core(fun=lambda p: p["head"]),
+        TypeError,
+        r"shape \(2,\)",
+    ),
+    "core: aux without has_aux": (
+        lambda: core(fun=lambda p: (loss(p), p)),
+        TypeError,
+        "has_aux=True",
+    ),
+    "core: has_aux without aux": (lambda: core(has_aux=True), TypeError, r"pair \(loss, aux\)"),
+    "gradient of another structure": (
+        lambda: gr().update({"body": 1.0}, gr().init(PARAMS), PARAMS, value_fn=loss),
+        ValueError,
+        "another structure than the parameters",
+    ),
+    # Masks.
+    "mask selects nothing": (
+        lambda: gr(mask=gnp.masks.by_path("tail")).init(PARAMS),
+        ValueError,
+        r"by_path\('tail'\) selects none.*'body', 'head'",
+    ),
+    "mask of False": (
+        lambda: gr(mask={"body": False, "head": False}).init(PARAMS),
+        ValueError,
+        "selects none",
+    ),
+    "mask=True": (lambda: gr(mask=True), ValueError, "write mask=None"),
+    "mask=False": (lambda: gr(mask=False), ValueError, "inject_hyperparams"),
+    "array mask": (
+        lambda: gr(mask={"body": jnp.ones(2), "head": True}),
+        TypeError,
+        "must be made of Python bools",
+    ),
+    "traced mask": (
+        lambda: jax.jit(lambda m: core(mask={"body": m, "head": True}))(True),
+        TypeError,
+        "traced.*static argument",
+    ),
+    "mask of another structure": (
+        lambda: gr(mask={"body": True, "tail": False}).init(PARAMS),
+        ValueError,
+        "no prefix of the parameters",
+    ),
+    "dict mask on FrozenDict": (
+        lambda: gr(mask={"body": {"w": True}}).init(_frozen()),
+        ValueError,
+        "no prefix of the parameters.*by_path",
+    ),
+    "mask of strings": (lambda: gr(mask={"body": "yes"}), TypeError, "'yes'"),
+    "layerwise without mask": (
+        lambda: gnp.layerwise_gradient_regularization(0.1, 0.5, None),
+        ValueError,
+        "top_k_layers",
+    ),
+    "broken regex": (lambda: gnp.masks.by_path("("), ValueError, "no regular expression"),
+    "regex of another type": (lambda: gnp.masks.by_path(3), ValueError, "no regular expression"),
+    "unknown layer": (
+        lambda: gr(mask=gnp.masks.layers("tail")).init({"head": {"w": jnp.ones(2)}}),
+        ValueError,
+        "'tail'.*They have 'head'",
+    ),
+    "too many layers": (
+        lambda: gnp.masks.top_k_layers({"a": {"w": jnp.ones(1)}}, 2),
+        ValueError,
+        "k=2.*has 1: 'a'",
+    ),
+    "no layers": (lambda: gnp.masks.top_k_layers(PARAMS, 0), ValueError, "at least 1"),
+    "k is no integer": (lambda: gnp.masks.top_k_layers(PARAMS, 1.5), TypeError, "integer"),
+    "traced gradients": (
+        lambda: jax.jit(lambda g: gnp.masks.top_k_layers(g, 1))(PARAMS),
+        TypeError,
+        "static_argnames='mask'",
+    ),
+    "gradients not finite": (
+        lambda: gnp.masks.top_k_layers({"a": {"w": jnp.array([jnp.nan])}}, 1),
+        ValueError,
+        "not finite: 'a'",
+    ),
+    # Numbers.
+    "negative r": (lambda: gnp.sam(-0.1), ValueError, "rho must be finite and not negative"),
+    "negative alpha": (
+        lambda: gnp.gradient_regularization(0.1, -0.1),
+        ValueError,
+        "alpha must be finite and not negative",
+    ),
+    "r is nan": (lambda: gnp.sam(float("nan")), ValueError, "finite"),
+    "r is an array": (lambda: gnp.sam(jnp.ones(2)), TypeError, "real scalar"),
+    "r is a string": (lambda: gnp.sam("0.1"), TypeError, "'0.1'"),
+    "r is a bool": (lambda: gnp.sam(True), TypeError, "real scalar"),
+    "r is None": (lambda: gnp.sam(None), TypeError, "None"),
+    "a schedule that is negative": (
+        lambda: update(gnp.sam(lambda step: -0.1), value_fn=loss),
+        ValueError,
+        r"r\(step\)",
+    ),
+    "core: negative r": (lambda: core(-0.1, 0.5), ValueError, "r must be finite"),
+    "core: a schedule": (
+        lambda: core(gnp.schedules.r_warmup(0.1, 5), 0.5),
+        TypeError,
+        r"r=schedule\(step\)",
+    ),
+    "negative eta": (lambda: gnp.asam(0.5, eta=-1.0), ValueError, "eta"),
+    "negative warmup": (lambda: gnp.schedules.zero_warmup(0.5, -1), ValueError, "warmup_steps"),
+    "fractional warmup": (lambda: gnp.schedules.r_warmup(0.5, 1.5), TypeError, "integer"),
+    "negative r in a warmup": (lambda: gnp.schedules.r_warmup(-0.5, 1), ValueError, "r must be"),
+    "every 0 steps": (lambda: gnp.schedules.every(0, 0.5), ValueError, "at least 1"),
+    # The rest.
+    "unknown scope": (lambda: gr(scope="some"), ValueError, "'all'.*'masked'"),
+    "direction without parentheses": (
+        lambda: gr(direction=gnp.directions.normalized),
+        TypeError,
+        "with parentheses",
+    ),
+    "core: direction with state": (
+        lambda: core(direction=optax.trace(0.9)),
+        ValueError,
+        "gnp.gradient_regularization",
+    ),
+    "adaptive direction without params": (
+        lambda: gnp.directions.adaptive().update(PARAMS, optax.EmptyState()),
+        ValueError,
+        "pass them",
+    ),
+    "an unknown name": (lambda: gnp.smaller, AttributeError, "smaller"),
+}
+
+
+def _frozen():
+    from flax.core import FrozenDict
+
+    return FrozenDict({"body": {"w": jnp.ones(2)}})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(case):
+    call, kind, pattern = CASES[case]
+    with pytest.raises(kind, match=f"(?s){pattern}"):
+        call()
+
+
+def test_a_mask_that_fits_works_through_masked():
+    """`optax.masked` with nothing masked out takes no parameters away."""
+    tx = optax.masked(gnp.sam(0.1), {"body": True, "head": True})
+    got, _ = update(tx, value_fn=loss)
+    expected, _ = update(gnp.sam(0.1), value_fn=loss)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_an_error_of_the_loss_itself_is_not_rewritten():
+    def broken(params):
+        raise KeyError("no such layer")
+
+    with pytest.raises(KeyError, match="no such layer"):
+        update(gnp.sam(0.1), value_fn=broken)

@@ -1,0 +1,444 @@
+"""The comparison: options, records, and whole runs against a training loop written by hand."""
+
+import dataclasses
+import json
+import shutil
+from typing import Any, NamedTuple, get_args
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+from gnp_optax.experiments import __main__, data
+from gnp_optax.experiments.__main__ import compare, parse
+from gnp_optax.experiments.config import DEFAULTS, Config, Method, regularization
+from gnp_optax.experiments.records import Records
+from gnp_optax.experiments.training import Trainer
+
+METHODS = get_args(Method)
+STEPS_PER_EPOCH = 4
+METRICS = {
+    *("method", "seed", "epoch", "train_loss", "test_error", "gradient_norm", "sharpness"),
+    *("gradients_per_step", "seconds_per_step", "perturbed_layers"),
+}
+TINY = Config(
+    seeds=2,
+    epochs=2,
+    warmup_epochs=1,
+    batch_size=16,
+    patch_size=4,
+    width=8,
+    depth=1,
+    heads=1,
+    layers=2,
+    probe_examples=16,
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """64 digits to train on, so 4 steps an epoch, and 48 to test."""
+    digits = data.digits()
+    train, test = (data.Split(*(x[:n] for x in s)) for s, n in zip(digits, (64, 48), strict=False))
+    return digits._replace(train=train, test=test)
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """The configuration and the table of one uninterrupted comparison of everything."""
+    config = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "digits", lambda: small)
+        return config, compare(config)
+
+
+def lines(config):
+    return [json.loads(line) for line in (config.folder / "runs.jsonl").read_text().splitlines()]
+
+
+def without_times(epochs):
+    return [{k: v for k, v in epoch.items() if k != "seconds_per_step"} for epoch in epochs]
+
+
+def formulas(method, config, steps, warmup_steps):
+    """The documented radius and weight of every step."""
+    t = np.arange(steps)
+    ramp = np.minimum(1, t / warmup_steps) if warmup_steps else np.ones(steps)
+    r, alpha = np.full(steps, config.r), np.full(steps, config.alpha)
+    return {
+        "plain": (r, 0.0 * t),
+        "gr": (r, alpha),
+        "gr-r-warmup": (r * ramp, alpha),
+        "gr-lambda-warmup": (r, alpha * ramp),
+        "gr-zero-warmup": (r, alpha * (t >= warmup_steps)),
+        "sam": (r, np.ones(steps)),
+        "layerwise": (r, alpha),
+    }[method]
+
+
+# Options.
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
+    expected = np.stack(formulas(method, TINY, 10, warmup_steps), axis=1)
+    np.testing.assert_allclose(regularization(TINY, method, 10, warmup_steps), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({name: 0}, "--.* must be positive, got 0")
+            for name in ("seeds", "epochs", "r", "width")
+        ),
+        *(({name: -1}, "must be positive") for name in ("learning_rate", "clip_norm", "layers")),
+        ({"probe_examples": 0}, "--probe-examples must be positive"),
+        ({"alpha": -0.1}, "--alpha, .* must not be negative"),
+        ({"weight_decay": -0.1}, "--weight-decay must not be negative"),
+        ({"dropout": 1.0}, "--dropout in"),
+        ({"warmup_epochs": 31}, "--warmup-epochs must lie between 0 and --epochs"),
+        ({"warmup_epochs": -1}, "--warmup-epochs must lie between 0 and --epochs"),
+        ({"width": 32, "heads": 3}, "--width must be a multiple of --heads"),
+        ({"methods": ()}, "--methods must name at least one"),
+        ({"methods": ("sam", "sam")}, "--methods must .* each one once"),
+        ({"data_dir": "somewhere"}, "--data-dir is for --dataset cifar10"),
+    ],
+)
+def test_an_impossible_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options)
+
+
+def test_a_batch_larger_than_the_data_is_refused(small):
+    with pytest.raises(ValueError, match="--batch-size exceeds the 64 examples"):
+        Trainer(dataclasses.replace(TINY, batch_size=65), small)
+
+
+@pytest.mark.parametrize("name", sorted(TINY.recipe))
+def test_an_option_that_changes_runs_changes_the_folder(name):
+    value = "cifar10" if name == "dataset" else 0.5 if name == "dropout" else TINY.recipe[name] * 2
+    changed = dataclasses.replace(TINY, **{"epochs": 8, name: value})
+    assert changed.folder != dataclasses.replace(TINY, epochs=8).folder
+
+
+def test_an_option_that_only_chooses_runs_keeps_the_folder():
+    assert dataclasses.replace(TINY, methods=("sam",), seeds=9).folder == TINY.folder
+
+
+def test_out_is_the_folder_and_no_part_of_the_recipe(tmp_path):
+    config = dataclasses.replace(TINY, out=tmp_path)
+    assert config.folder == tmp_path
+    assert config.recipe == TINY.recipe
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], Config()),
+        (["--dataset", "cifar10"], DEFAULTS["cifar10"]),
+        (
+            ["--epochs", "9", "--dataset=cifar10"],
+            dataclasses.replace(DEFAULTS["cifar10"], epochs=9),
+        ),
+        (["--methods", "plain", "sam"], Config(methods=("plain", "sam"))),
+    ],
+)
+def test_the_data_set_decides_the_defaults(args, expected):
+    assert parse(args) == expected
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "compare", interrupt)
+    monkeypatch.setattr("sys.argv", ["experiments"])
+    with pytest.raises(SystemExit, match="start the same command again"):
+        __main__.main()
+
+
+# Records.
+
+
+def epochs_of(method, seed):
+    return [{"method": method, "seed": seed, "epoch": i + 1, "loss": 0.1 + i} for i in range(2)]
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A configuration with two finished runs on file."""
+    config = dataclasses.replace(TINY, out=tmp_path)
+    records = Records(config)
+    for run in (("plain", 0), ("sam", 0)):
+        records.append(run, epochs_of(*run))
+    return config
+
+
+def test_finished_runs_survive(recorded):
+    runs = {run: epochs_of(*run) for run in (("plain", 0), ("sam", 0))}
+    assert Records(recorded).runs == runs
+    assert Records(recorded).runs == runs
+
+
+def test_an_append_cut_anywhere_leaves_the_run_before_it(recorded):
+    path = Records(recorded).path
+    whole = path.read_bytes()
+    start = whole.index(b'{"method": "sam"')
+    for cut in range(start, len(whole) - 1):  # without its last newline the run is complete
+        path.write_bytes(whole[:cut])
+        assert Records(recorded).runs == {("plain", 0): epochs_of("plain", 0)}
+        assert path.read_bytes() == whole[:start]
+
+
+def test_a_run_appended_after_a_cut_is_read_back(recorded):
+    path = Records(recorded).path
+    path.write_bytes(path.read_bytes()[:-20])
+    Records(recorded).append(("sam", 0), epochs_of("sam", 0))
+    assert Records(recorded).runs[("sam", 0)] == epochs_of("sam", 0)
+
+
+def test_a_damaged_line_is_named(recorded):
+    path = Records(recorded).path
+    path.write_text(path.read_text().replace('{"method": "sam"', "?", 1))
+    with pytest.raises(ValueError, match=r"runs.jsonl, line 4 is not JSON"):
+        Records(recorded)
+
+
+def test_a_file_made_with_other_options_is_refused_and_kept(recorded):
+    path = Records(recorded).path
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"other options: r 0.1 instead of 0.2\. Choose .* --out"):
+        Records(dataclasses.replace(recorded, r=0.2))
+    assert path.read_bytes() == before
+
+
+# Whole comparisons.
+
+
+def test_the_first_line_holds_the_options_and_the_versions(finished):
+    config, _ = finished
+    header = lines(config)[0]
+    assert header["options"] == config.recipe
+    libraries = {"jax": jax, "optax": optax, "flax": flax}
+    assert {n: header["versions"][n] for n in libraries} == {
+        name: library.__version__ for name, library in libraries.items()
+    }
+    assert {"python", "gnp_optax"} <= set(header["versions"])
+
+
+def test_every_epoch_of_every_run_has_all_metrics(finished):
+    epochs = lines(finished[0])[1:]
+    assert {(e["method"], e["seed"], e["epoch"]) for e in epochs} == {
+        (method, seed, epoch) for method in METHODS for seed in (0, 1) for epoch in (1, 2)
+    }
+    assert len(epochs) == len(METHODS) * 2 * 2
+    for epoch in epochs:
+        assert set(epoch) == METRICS
+        assert np.isfinite([v for v in epoch.values() if isinstance(v, float)]).all()
+        assert (epoch["perturbed_layers"] is not None) == (epoch["method"] == "layerwise")
+
+
+def test_the_table_has_a_row_per_method_with_the_deviation_over_seeds(finished):
+    config, text = finished
+    assert (config.folder / "table.md").read_text() == text
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
+    assert len(rows) == len(METHODS)
+    for method, row in zip(METHODS, rows, strict=True):
+        last = [e for e in lines(config)[1:] if e["method"] == method and e["epoch"] == 2]
+        errors = [e["test_error"] for e in last]
+        assert row[1] == f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}"
+        assert row[2] == f"{np.mean([e['train_loss'] for e in last]):.4f}"
+    assert rows[0][-1] == "1.00"  # times are relative to plain
+
+
+def test_the_figure_is_an_image(finished):
+    with Image.open(finished[0].folder / "curves.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width > 1000
+        assert image.height > 500
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_per_step_counts_the_steps_with_a_weight(finished, method):
+    epochs = [e for e in lines(finished[0])[1:] if (e["method"], e["seed"]) == (method, 0)]
+    _, alpha = formulas(method, TINY, 2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH)
+    expected = 1 + (alpha.reshape(2, -1) != 0).mean(1)
+    assert [e["gradients_per_step"] for e in epochs] == list(expected)
+
+
+@pytest.fixture
+def started(monkeypatch, small):
+    """The runs that are started during a test."""
+    runs, run = [], Trainer.run
+
+    def counted(self, method, seed):
+        runs.append((method, seed))
+        return run(self, method, seed)
+
+    monkeypatch.setattr(data, "digits", lambda: small)
+    monkeypatch.setattr(Trainer, "run", counted)
+    return runs
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_numbers(
+    finished, started, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(TINY, methods=("gr", "sam"), out=tmp_path)
+    counted = Trainer.run
+
+    def interrupted(self, method, seed):
+        epochs = counted(self, method, seed)
+        yield next(epochs)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        yield from epochs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(config)
+    assert started == [("gr", 0), ("sam", 0), ("gr", 1)]
+    compare(config)
+    assert started[3:] == [("gr", 1), ("sam", 1)]
+    uninterrupted = [e for e in lines(finished[0])[1:] if e["method"] in config.methods]
+    assert without_times(lines(config)[1:]) == without_times(uninterrupted)
+
+
+def test_a_finished_comparison_runs_nothing_and_repeats_its_table(finished, started):
+    config, table = finished
+    assert compare(config) == table
+    assert started == []
+
+
+def test_a_run_cut_short_on_file_is_done_again(finished, started, tmp_path, monkeypatch):
+    shutil.copytree(finished[0].folder, tmp_path, dirs_exist_ok=True)
+    config = dataclasses.replace(finished[0], out=tmp_path)
+    path, whole = tmp_path / "runs.jsonl", lines(finished[0])
+
+    def replayed(self, method, seed):
+        started.append((method, seed))
+        return (e for e in whole[1:] if (e["method"], e["seed"]) == (method, seed))
+
+    monkeypatch.setattr(Trainer, "run", replayed)
+    path.write_text(path.read_text()[:-100])
+    compare(config)
+    assert started == [("layerwise", 1)]
+    assert lines(config) == whole
+
+
+# Runs against a training loop written by hand.
+
+
+class Epoch(NamedTuple):
+    recorded: dict[str, Any]
+    before: Any
+    after: Any
+    train_loss: float
+
+
+class ByHand:
+    """Repeats the first seed's runs without the library and without the trainer's steps."""
+
+    def __init__(self, config, small):
+        self.records = [e for e in lines(config)[1:] if e["seed"] == 0]
+        self.trainer = Trainer(config, small)
+        self.train, self.test = small.train, small.test
+        self.probe = (small.train.images[:16], small.train.labels[:16])
+        self.logits, self.loss = jax.jit(self.logits), jax.jit(self.loss)
+        self.init = jax.jit(self.trainer.model.init)
+        self.gradient = jax.jit(jax.grad(self.loss))
+        self.step = jax.jit(self.step)
+        self.runs = {}
+
+    def logits(self, params, images):
+        return self.trainer.model.apply({"params": params}, (images / 16 - 0.3053) / 0.3760)
+
+    def loss(self, params, images, labels):
+        log_p = jax.nn.log_softmax(self.logits(params, images))
+        return -jnp.take_along_axis(log_p, labels[:, None], 1).mean()
+
+    def step(self, params, opt_state, batch, r, alpha, mask):
+        examples = (self.train.images[batch], self.train.labels[batch])
+        value, grads = jax.value_and_grad(self.loss)(params, *examples)
+        chosen = jax.tree.map(jnp.multiply, grads, mask)
+        length = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(chosen)))
+        moved = jax.tree.map(lambda p, g: p + r * g / length, params, chosen)
+        perturbed = jax.grad(self.loss)(moved, *examples)
+        grads = jax.tree.map(lambda g, h, m: g + alpha * m * (h - g), grads, perturbed, mask)
+        updates, opt_state = self.trainer.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    def run(self, method):
+        if method not in self.runs:
+            self.runs[method] = list(self.epochs(method))
+        return self.runs[method]
+
+    def epochs(self, method):
+        init_key, key = jax.random.split(jax.random.key(0))
+        params = self.init(init_key, jnp.zeros((1, 8, 8, 1)))["params"]
+        opt_state = self.trainer.optimizer.init(params)
+        schedule = zip(*formulas(method, TINY, 8, 4), strict=True)
+        for recorded in (e for e in self.records if e["method"] == method):
+            before, losses, layers = params, [], recorded["perturbed_layers"]
+            mask = flax.traverse_util.path_aware_map(
+                lambda path, _, layers=layers: float(not layers or "/".join(path[:-1]) in layers),
+                params,
+            )
+            shuffle_key, key = jax.random.split(key)
+            order = jax.random.permutation(shuffle_key, 64)
+            for batch, (r, alpha) in zip(order.reshape(4, 16), schedule, strict=False):
+                params, opt_state, loss = self.step(params, opt_state, batch, r, alpha, mask)
+                losses.append(loss)
+            yield Epoch(recorded, before, params, np.mean(losses))
+
+
+@pytest.fixture(scope="module")
+def by_hand(finished, small):
+    return ByHand(finished[0], small)
+
+
+def norm(grads):
+    return np.sqrt(sum(np.square(leaf, dtype=float).sum() for leaf in jax.tree.leaves(grads)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_the_loop_written_by_hand(by_hand, method):
+    for epoch in by_hand.run(method):
+        np.testing.assert_allclose(epoch.recorded["train_loss"], epoch.train_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_norm_and_sharpness_are_those_of_the_probe(by_hand, method):
+    for recorded, _, params, _ in by_hand.run(method):
+        grads = by_hand.gradient(params, *by_hand.probe)
+        length = TINY.r / norm(grads)
+        moved = jax.tree.map(lambda p, g, length=length: p + length * g, params, grads)
+        sharpness = by_hand.loss(moved, *by_hand.probe) - by_hand.loss(params, *by_hand.probe)
+        np.testing.assert_allclose(recorded["gradient_norm"], norm(grads), rtol=1e-4)
+        np.testing.assert_allclose(recorded["sharpness"], sharpness, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_test_error_is_the_percentage_of_wrong_classes(by_hand, method):
+    for recorded, _, params, _ in by_hand.run(method):
+        classes = np.argmax(by_hand.logits(params, by_hand.test.images), axis=1)
+        expected = 100 * np.mean(classes != by_hand.test.labels)
+        np.testing.assert_allclose(recorded["test_error"], expected, rtol=1e-6)
+
+
+def test_layerwise_perturbs_the_layers_of_largest_gradient_norm(by_hand):
+    for recorded, params, _, _ in by_hand.run("layerwise"):
+        layers = {}
+        grads = by_hand.gradient(params, *by_hand.probe)
+        for path, leaf in flax.traverse_util.flatten_dict(grads).items():
+            layers.setdefault("/".join(path[:-1]), []).append(leaf)
+        chosen = {norm(layers.pop(layer)) for layer in recorded["perturbed_layers"]}
+        assert len(recorded["perturbed_layers"]) == TINY.layers
+        assert min(chosen) >= max(map(norm, layers.values()))

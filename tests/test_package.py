@@ -1,0 +1,198 @@
+"""The package as a whole: what it needs, how it is layered, what is public, what is documented."""
+
+import ast
+import importlib.metadata as metadata
+import inspect
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import gnp_optax as gnp
+import gnp_optax.linen
+import gnp_optax.nnx
+
+PACKAGE = Path(gnp.__file__).parent
+
+# Each module imports only from those before it.
+LAYERS = [
+    "_numerics",
+    "_paths",
+    "_checks",
+    "_loss",
+    "_selection",
+    "schedules",
+    "directions",
+    "masks",
+    "_perturbation",
+    "_functional",
+    "_transformations",
+    "__init__",
+    "linen",
+    "nnx",
+]
+
+
+def imports_of_ours(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "gnp_optax":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gnp_optax."):
+            yield node.module.split(".")[1]
+
+
+def test_modules_import_only_from_those_below_them():
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == set(LAYERS)
+    for module in modules:
+        for imported in set(imports_of_ours(PACKAGE / f"{module}.py")) & modules:
+            assert LAYERS.index(imported) < LAYERS.index(module), f"{module} imports {imported}"
+
+
+def test_no_private_names_of_the_libraries():
+    for path in PACKAGE.rglob("*.py"):
+        assert not re.search(r"\b(jax|optax|flax)\.\S*\b_src\b", path.read_text()), path
+
+
+def test_library_files_stay_short():
+    for path in PACKAGE.rglob("*.py"):
+        code = [line for line in path.read_text().splitlines() if line.strip()]
+        assert len(code) <= 275, path
+
+
+def closure_of_requirements(names):
+    """The distributions that `names` need, by their own metadata."""
+    seen, left = set(), list(names)
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        for requirement in metadata.distribution(name).requires or []:
+            # Not installed: one for another Python or platform.
+            needed = re.match(r"[\w.-]+", requirement).group()
+            if "extra ==" not in requirement and _is_installed(needed):
+                left.append(needed)
+    return seen
+
+
+def _is_installed(name):
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def test_import_needs_jax_and_optax_alone(tmp_path):
+    """In an environment with nothing else, made of links to what the two require."""
+    for name in closure_of_requirements(["jax", "optax"]):
+        for file in metadata.distribution(name).files or []:
+            top = file.parts[0]
+            if top != ".." and not (tmp_path / top).exists():
+                (tmp_path / top).symlink_to(metadata.distribution(name).locate_file(top))
+    (tmp_path / "gnp_optax").symlink_to(PACKAGE)
+    assert not (tmp_path / "flax").exists()
+    standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    program = f"""
+import sys
+sys.path[:] = [p for p in sys.path if "site-packages" not in p] + {[*standard, str(tmp_path)]!r}
+import jax, optax
+before = set(sys.modules)
+import gnp_optax as gnp
+import jax.numpy as jnp
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+new -= set(sys.stdlib_module_names)
+assert new == {{"gnp_optax"}}, new
+value, grad = gnp.value_and_grad(lambda x: jnp.sum(x**2) / 2, 0.5, 0.2)(jnp.array([3.0, 4.0]))
+assert abs(float(grad[0]) - 3.06) < 1e-6
+try:
+    gnp.linen
+except ModuleNotFoundError as error:
+    assert "gnp-optax[flax]" in str(error), error
+else:
+    raise AssertionError("Flax is here")
+"""
+    command = [sys.executable, "-I", "-S", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+PUBLIC = {
+    "gradient_regularization": (
+        "(r, alpha, *, direction=None, mask=None, scope='all', has_aux=False)"
+    ),
+    "sam": "(rho, *, direction=None, mask=None, scope='all', has_aux=False)",
+    "asam": "(rho, eta=0.01, *, mask=None, scope='all', has_aux=False)",
+    "layerwise_gradient_regularization": (
+        "(r, alpha, mask, *, direction=None, scope='masked', has_aux=False)"
+    ),
+    "value_and_grad": ("(fun, r, alpha, *, direction=None, mask=None, scope='all', has_aux=False)"),
+    "schedules.r_warmup": "(r, warmup_steps)",
+    "schedules.lambda_warmup": "(alpha, warmup_steps)",
+    "schedules.zero_warmup": "(alpha, warmup_steps)",
+    "schedules.every": "(k, alpha)",
+    "directions.normalized": "()",
+    "directions.adaptive": "(eta=0.01)",
+    "masks.by_path": "(regex)",
+    "masks.layers": "(*paths)",
+    "masks.matrices": "()",
+    "masks.top_k_layers": "(grads, k)",
+    "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
+    "nnx.value_and_grad": (
+        "(fun, r, alpha, *, direction=None, mask=None, scope='all', has_aux=False, wrt=Param)"
+    ),
+}
+
+
+def public(name):
+    value = gnp
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_signature(name):
+    signature = inspect.signature(public(name))
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
+    ]
+    shown = str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
+    assert re.sub(r"<class '[\w.]*\.(\w+)'>", r"\1", shown) == PUBLIC[name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_is_complete(name):
+    value = public(name)
+    doc = inspect.getdoc(value)
+    assert doc.splitlines()[0].endswith(".")
+    parameters = set(inspect.signature(value).parameters) - {"self"}
+    sections = ["Returns:"] + (["Args:"] if parameters else [])
+    if not name.startswith("linen."):  # the example stands in the class
+        sections.append("Example:")
+    for section in sections:
+        assert section in doc, f"{name} lacks {section}"
+    for parameter in parameters:
+        assert re.search(rf"^\s+\*{{0,2}}{parameter}: ", doc, re.M), f"{name}: {parameter}"
+
+
+def test_one_home_per_name():
+    homes = {}
+    for module in (gnp, gnp.schedules, gnp.directions, gnp.masks, gnp.linen, gnp.nnx):
+        for name, value in vars(module).items():
+            ours = getattr(value, "__module__", "").startswith("gnp_optax")
+            if not name.startswith("_") and ours and inspect.isroutine(value):
+                homes.setdefault(id(value), []).append(f"{module.__name__}.{name}")
+    assert all(len(names) == 1 for names in homes.values()), homes
+
+
+def test_all_lists_what_is_public():
+    assert sorted(gnp.__all__) == gnp.__all__
+    assert {name.partition(".")[0] for name in PUBLIC} - {"linen", "nnx"} == set(gnp.__all__) - {
+        "GradientRegularizationState"
+    }
