@@ -4,7 +4,7 @@ With g the gradient at theta, `eps = r * direction(g)` on the selected leaves an
 theta + eps, `g_reg = (1 - alpha) g + alpha g~` on the leaves that `scope` names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,12 +53,13 @@ def regularize(
     selected = _selection.selected_leaves(mask, params)
     leaves, treedef = jax.tree.flatten(params)
     grad_leaves = _leaves_like(treedef, grads)
-    inexact = [_numerics.is_inexact(leaf) for leaf in leaves]
-    receives = selected if scope == "masked" else inexact
+    receives = selected if scope == "masked" else [_numerics.is_inexact(leaf) for leaf in leaves]
 
     def direction() -> tuple[PyTree, Any]:
-        zeros = (jnp.zeros_like(leaf) for leaf in leaves)
-        kept = [g if s else z for g, z, s in zip(grad_leaves, zeros, selected, strict=True)]
+        kept = [
+            g if s else jnp.zeros_like(w)
+            for g, s, w in zip(grad_leaves, selected, leaves, strict=True)
+        ]
         return ascend(jax.tree.unflatten(treedef, kept))
 
     def skip() -> tuple[PyTree, Any, SecondPass]:
@@ -68,31 +69,18 @@ def regularize(
 
     def run() -> tuple[PyTree, Any, SecondPass]:
         ascent, state = direction()
-        ascent_leaves = _leaves_like(treedef, ascent)
         # Chosen in Python: an unselected leaf must stay the same array, for what is computed from
         # it alone to be shared between the two passes.
         perturbed = [
             perturb(w, d, r) if s else w
-            for w, d, s in zip(leaves, ascent_leaves, selected, strict=True)
+            for w, d, s in zip(leaves, _leaves_like(treedef, ascent), selected, strict=True)
         ]
         value, tilde = _gradient(loss, perturbed, treedef, receives)
-        seen = [g for g, x in zip(grad_leaves, receives, strict=True) if x]
-        remaining = iter(tilde)
         mixed = [
-            mix(g, next(remaining), alpha) if x else g
-            for g, x in zip(grad_leaves, receives, strict=True)
+            g if t is None else mix(g, t, alpha) for g, t in zip(grad_leaves, tilde, strict=True)
         ]
-        moved = [
-            _difference(p, w) for p, w, s in zip(perturbed, leaves, selected, strict=True) if s
-        ]
-        report = SecondPass(
-            grad_norm=_numerics.norm([g for g, x in zip(grad_leaves, inexact, strict=True) if x]),
-            perturbation_norm=_numerics.norm(moved),
-            perturbed_loss=value,
-            cosine=_cosine(seen, tilde),
-        )
-        report = SecondPass(*(jnp.asarray(x, jnp.float32) for x in report))
-        return jax.tree.unflatten(jax.tree.structure(grads), mixed), state, report
+        report = _report(leaves, perturbed, grad_leaves, tilde, value)
+        return jax.tree.unflatten(treedef, mixed), state, report
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
@@ -117,8 +105,8 @@ def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Arra
 
 def _gradient(
     loss: _loss.Loss, leaves: list[Any], treedef: Any, receives: list[bool]
-) -> tuple[jax.Array, list[jax.Array]]:
-    """Differentiate with respect to the leaves that receive the gradient, and no others."""
+) -> tuple[jax.Array, list[jax.Array | None]]:
+    """Return the loss, and its gradient where a leaf receives it, None elsewhere."""
 
     def at(received: list[jax.Array]) -> jax.Array:
         given = iter(received)
@@ -127,7 +115,28 @@ def _gradient(
         return value
 
     received = [w for w, x in zip(leaves, receives, strict=True) if x]
-    return jax.value_and_grad(at)(received)
+    value, grads = jax.value_and_grad(at)(received)
+    found = iter(grads)
+    return value, [next(found) if x else None for x in receives]
+
+
+def _report(
+    leaves: list[Any],
+    perturbed: list[Any],
+    grads: list[Any],
+    tilde: list[jax.Array | None],
+    value: jax.Array,
+) -> SecondPass:
+    moved = [_difference(p, w) for p, w in zip(perturbed, leaves, strict=True) if p is not w]
+    pairs = [(g, t) for g, t in zip(grads, tilde, strict=True) if t is not None]
+    inexact = [g for g, w in zip(grads, leaves, strict=True) if _numerics.is_inexact(w)]
+    report = SecondPass(
+        grad_norm=_numerics.norm(inexact),
+        perturbation_norm=_numerics.norm(moved),
+        perturbed_loss=value,
+        cosine=_cosine(*zip(*pairs, strict=True)),
+    )
+    return SecondPass(*(jnp.asarray(x, jnp.float32) for x in report))
 
 
 def _difference(perturbed: jax.Array, w: jax.Array) -> jax.Array:
@@ -135,7 +144,7 @@ def _difference(perturbed: jax.Array, w: jax.Array) -> jax.Array:
     return perturbed.astype(wide) - jnp.asarray(w, wide)
 
 
-def _cosine(first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
+def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
     """Cosine of the angle between two gradients; 0 where one of them is 0."""
     norms = _numerics.norm(first), _numerics.norm(second)
     products = [

@@ -54,7 +54,8 @@ def layers(*paths: str) -> Callable[[PyTree], PyTree]:
         *paths: Paths of modules, such as `"blocks_3/mlp"`; `""` is the outermost module.
 
     Returns:
-        A mask: hashable, equal to every other `layers` of the same paths, printed as it is written.
+        A mask: hashable, equal to every other `layers` of the same paths in whatever order, and
+        printed as it is written.
 
     Raises:
         ValueError: Where the mask is used, if the parameters lack one of the layers.
@@ -63,7 +64,7 @@ def layers(*paths: str) -> Callable[[PyTree], PyTree]:
         >>> layers("head")({"body": {"w": 1.0}, "head": {"w": 2.0, "b": 3.0}})
         {'body': {'w': False}, 'head': {'b': True, 'w': True}}
     """
-    return _Layers(paths)
+    return _Layers(tuple(sorted(set(paths))))
 
 
 def matrices() -> Callable[[PyTree], PyTree]:
@@ -91,8 +92,8 @@ def top_k_layers(grads: PyTree, k: int) -> Callable[[PyTree], PyTree]:
         k: Number of layers, from 1 to the number of layers.
 
     Returns:
-        The mask `layers(...)` of their names, in the order of the tree: hashable, and equal
-        whenever the same layers are selected.
+        The mask `layers(...)` of their names: hashable, and equal whenever the same layers are
+        selected.
 
     Raises:
         TypeError: If `grads` is traced: the selection has to be known when a step is compiled.
@@ -132,9 +133,7 @@ def top_k_layers(grads: PyTree, k: int) -> Callable[[PyTree], PyTree]:
     broken = [name for name, score in scores.items() if not np.isfinite(score)]
     if broken:
         raise ValueError(f"These layers' gradients are not finite: {_selection.listed(broken)}.")
-    largest = sorted(scores, key=lambda name: scores[name], reverse=True)[:k]
-    # In the order of the tree, so that the same selection is the same mask.
-    return layers(*(name for name in by_layer if name in largest))
+    return layers(*sorted(scores, key=lambda name: scores[name], reverse=True)[:k])
 
 
 @jax.jit

@@ -48,11 +48,17 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def finished(small, tmp_path_factory):
+def trainer(small):
+    return Trainer(TINY, small)
+
+
+@pytest.fixture(scope="module")
+def finished(small, trainer, tmp_path_factory):
     """The configuration and the table of one uninterrupted comparison of everything."""
     config = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("finished"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "digits", lambda: small)
+        patch.setattr(__main__, "Trainer", lambda *_: trainer)
         return config, compare(config)
 
 
@@ -288,7 +294,7 @@ def started(monkeypatch, small):
 
 
 def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_numbers(
-    finished, started, tmp_path, monkeypatch
+    finished, trainer, started, tmp_path, monkeypatch
 ):
     config = dataclasses.replace(TINY, methods=("gr", "sam"), out=tmp_path)
     counted = Trainer.run
@@ -301,6 +307,7 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_numbers(
         yield from epochs
 
     with monkeypatch.context() as patch:
+        patch.setattr(__main__, "Trainer", lambda *_: trainer)  # it has compiled already
         patch.setattr(Trainer, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare(config)
@@ -346,11 +353,11 @@ class Epoch(NamedTuple):
 class ByHand:
     """Repeats the first seed's runs without the library and without the trainer's steps."""
 
-    def __init__(self, config, small):
-        self.records = [e for e in lines(config)[1:] if e["seed"] == 0]
-        self.trainer = Trainer(config, small)
-        self.train, self.test = small.train, small.test
-        self.probe = (small.train.images[:16], small.train.labels[:16])
+    def __init__(self, records, trainer):
+        self.records = [e for e in records if e["seed"] == 0]
+        self.trainer = trainer
+        self.train, self.test = trainer.data.train, trainer.data.test
+        self.probe = (self.train.images[:16], self.train.labels[:16])
         self.logits, self.loss = jax.jit(self.logits), jax.jit(self.loss)
         self.init = jax.jit(self.trainer.model.init)
         self.gradient = jax.jit(jax.grad(self.loss))
@@ -400,8 +407,8 @@ class ByHand:
 
 
 @pytest.fixture(scope="module")
-def by_hand(finished, small):
-    return ByHand(finished[0], small)
+def by_hand(finished, trainer):
+    return ByHand(lines(finished[0])[1:], trainer)
 
 
 def norm(grads):

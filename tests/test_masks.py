@@ -79,6 +79,10 @@ def test_masks_are_hashable_values_and_print_as_code(make):
     assert eval(f"masks.{one!r}") == one
 
 
+def test_the_order_of_layers_makes_no_difference():
+    assert masks.layers("b", "a", "b") == masks.layers("a", "b")
+
+
 def test_different_masks_differ():
     assert len({masks.by_path("a"), masks.by_path("b"), masks.matrices(), masks.layers("a")}) == 4
 
