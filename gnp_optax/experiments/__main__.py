@@ -46,7 +46,8 @@ def compare(config: Config) -> str:
     runs = {run: records.runs[run] for run in wanted}
     table = report.table(runs)
     (config.folder / "table.md").write_text(table)
-    title = f"ViT on {config.dataset}, {config.seeds} seeds (band: smallest to largest)"
+    band = f"{config.seeds} seeds (band: smallest to largest)" if config.seeds > 1 else "1 seed"
+    title = f"ViT on {config.dataset}, {band}"
     report.figure(runs, title, config.warmup_epochs, config.folder / "curves.png")
     return table
 

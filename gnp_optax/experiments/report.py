@@ -72,7 +72,6 @@ def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
     canvas = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
     panels = canvas.subplots(1, 2)
-    small: Any = {"fontsize": 8, "color": "grey", "va": "top"}
     names = (("test_error", "test error, %"), ("gradient_norm", "gradient norm"))
     for axes, (key, label) in zip(panels, names, strict=True):
         for method in _methods(runs):
@@ -81,11 +80,16 @@ def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
                 [[e[key] for e in run] for (m, _), run in runs.items() if m == method]
             )
             epochs = np.arange(1, values.shape[1] + 1)
-            axes.plot(epochs, values.mean(0), color=color, linestyle=dashes, label=name, lw=1.8)
+            line: Any = {"color": color, "linestyle": dashes, "lw": 1.8, "label": name}
+            # A single epoch makes no line.
+            axes.plot(epochs, values.mean(0), marker="o" if len(epochs) == 1 else None, **line)
             axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, lw=0)
         axes.set(xlabel="epoch", ylabel=label, yscale="log")
-        axes.axvline(warmup_epochs, color="grey", lw=0.8, ls=":")
-        axes.text(warmup_epochs, 1.0, " warmup ends", transform=axes.get_xaxis_transform(), **small)
+        if warmup_epochs:
+            at = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "va": "top"}
+            axes.axvline(warmup_epochs, color="grey", lw=0.8, ls=":")
+            axes.text(warmup_epochs, 1.0, " warmup ends", color="grey", **at)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(True, alpha=0.3)
         _plain_numbers(axes.yaxis)
         axes.spines[["top", "right"]].set_visible(False)
