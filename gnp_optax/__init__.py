@@ -5,13 +5,8 @@ from types import ModuleType
 
 from gnp_optax import directions, masks, schedules
 from gnp_optax._functional import value_and_grad
-from gnp_optax._transformations import (
-    GradientRegularizationState,
-    asam,
-    gradient_regularization,
-    layerwise_gradient_regularization,
-    sam,
-)
+from gnp_optax._presets import asam, layerwise_gradient_regularization, sam
+from gnp_optax._transformation import GradientRegularizationState, gradient_regularization
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,149 @@
+"""Points in the space of `gradient_regularization` that have names: SAM, ASAM, layer-wise GR."""
+
+import optax
+
+from gnp_optax import _checks, directions
+from gnp_optax._selection import Mask
+from gnp_optax._transformation import gradient_regularization
+
+
+def sam(
+    rho: optax.ScalarOrSchedule,
+    *,
+    direction: optax.GradientTransformation | None = None,
+    mask: Mask = None,
+    scope: str = "all",
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Minimize the sharpness of the loss: sharpness-aware minimization, SAM.
+
+    `g_reg = grad L(theta + rho g / ||g||)`, which is `gradient_regularization` with `r = rho` and
+    `alpha = 1`. Two gradients a step.
+
+    Args:
+        rho: Radius of the perturbation, in the units of the parameters; a number or a schedule.
+        direction: As in `gradient_regularization`.
+        mask: As in `gradient_regularization`.
+        scope: As in `gradient_regularization`.
+        has_aux: As in `gradient_regularization`.
+
+    Returns:
+        A transformation whose state is a `GradientRegularizationState`.
+
+    Raises:
+        TypeError, ValueError: As `gradient_regularization`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loss = lambda x: jnp.sum(x**2) / 2
+        >>> params = jnp.array([3.0, 4.0])
+        >>> tx = optax.chain(sam(rho=0.5), optax.sgd(0.1))
+        >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+        >>> [round(float(u), 4) for u in updates]
+        [-0.33, -0.44]
+
+    References:
+        Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization",
+        ICLR 2021, algorithm 1.
+    """
+    _checks.check_scalar_or_schedule("rho", rho)
+    return gradient_regularization(
+        rho, 1.0, direction=direction, mask=mask, scope=scope, has_aux=has_aux
+    )
+
+
+def asam(
+    rho: optax.ScalarOrSchedule,
+    eta: float = 0.01,
+    *,
+    mask: Mask = None,
+    scope: str = "all",
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Minimize sharpness in the geometry of the parameters' magnitudes: adaptive SAM.
+
+    `g_reg = grad L(theta + rho T^2 g / ||T g||)` with `T = abs(theta) + eta`: SAM with
+    `gnp.directions.adaptive(eta)`. The authors use radii about ten times those of SAM.
+
+    Args:
+        rho: Radius of the perturbation, relative to the parameters; a number or a schedule.
+        eta: Added to the magnitudes, so that a parameter at 0 can move.
+        mask: As in `gradient_regularization`.
+        scope: As in `gradient_regularization`.
+        has_aux: As in `gradient_regularization`.
+
+    Returns:
+        A transformation whose state is a `GradientRegularizationState`.
+
+    Raises:
+        TypeError, ValueError: As `gradient_regularization`; if `eta` is negative.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loss = lambda x: jnp.sum(x**2) / 2
+        >>> params = jnp.array([1.0, 2.0])               # T g = (1, 4) for eta = 0
+        >>> tx = asam(rho=17**0.5, eta=0.0)
+        >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+        >>> [round(float(u), 4) for u in updates]        # x + T^2 g = (1 + 1, 2 + 8)
+        [2.0, 10.0]
+
+    References:
+        Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021.
+    """
+    return sam(rho, direction=directions.adaptive(eta), mask=mask, scope=scope, has_aux=has_aux)
+
+
+def layerwise_gradient_regularization(
+    r: optax.ScalarOrSchedule,
+    alpha: optax.ScalarOrSchedule,
+    mask: Mask,
+    *,
+    direction: optax.GradientTransformation | None = None,
+    scope: str = "masked",
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Penalize the norm of the gradient of a few layers only.
+
+    `gradient_regularization` with a mask and the paper's rule: the layers under the mask get
+    `(1 - alpha) g + alpha g~`, with one norm over all of them, and the others keep g. The state
+    does not depend on the mask, so it carries over when the layers are selected anew:
+
+        mask = gnp.masks.top_k_layers(grads, k=4)        # every epoch, outside jit
+
+    Args:
+        r: As in `gradient_regularization`.
+        alpha: As in `gradient_regularization`.
+        mask: The layers to penalize: a prefix pytree of Python bools or a callable from the
+            parameters to one, such as `gnp.masks.top_k_layers(grads, k)`.
+        direction: As in `gradient_regularization`.
+        scope: `"masked"`, the paper's rule; `"all"` gives every leaf the gradient of
+            `L + lambda ||grad_S L||`.
+        has_aux: As in `gradient_regularization`.
+
+    Returns:
+        A transformation whose state is a `GradientRegularizationState`.
+
+    Raises:
+        TypeError, ValueError: As `gradient_regularization`; if `mask` is None.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loss = lambda p: jnp.sum(p["body"] ** 2 + p["head"] ** 2) / 2
+        >>> params = {"body": jnp.array([1.0]), "head": jnp.array([2.0])}
+        >>> tx = layerwise_gradient_regularization(0.5, 1.0, mask={"body": False, "head": True})
+        >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+        >>> {name: leaf.tolist() for name, leaf in updates.items()}
+        {'body': [1.0], 'head': [2.5]}
+
+    References:
+        Lee, "Layer-wise Adaptive Gradient Norm Penalizing Method for Efficient and Accurate Deep
+        Learning", KDD 2024.
+    """
+    if mask is None:
+        raise ValueError(
+            "layerwise_gradient_regularization needs a mask that names layers, such as "
+            "gnp.masks.top_k_layers(grads, k=4). For all layers: gnp.gradient_regularization."
+        )
+    return gradient_regularization(
+        r, alpha, direction=direction, mask=mask, scope=scope, has_aux=has_aux
+    )
