@@ -149,6 +149,9 @@ def test_other_columns_are_listed(folder, names):
 
 
 GOOD = encode(pixels(1)[0])
+# A wrong length of the pixels' chunk, for which Pillow raises a SyntaxError.
+CHUNK = GOOD.index(b"IDAT")
+BROKEN_PNG = GOOD[: CHUNK - 4] + (3).to_bytes(4, "big") + GOOD[CHUNK:]
 
 
 @pytest.mark.parametrize(
@@ -159,10 +162,20 @@ GOOD = encode(pixels(1)[0])
         (pa.array([None], STRUCT), "'img' must be a struct"),
         (pa.array([GOOD]), "'img' must be a struct"),
         (pa.array([{"bytes": b"no image"}], STRUCT), "the image cannot be decoded"),
+        (pa.array([{"bytes": BROKEN_PNG}], STRUCT), "the image cannot be decoded: broken PNG"),
         (pa.array([{"bytes": GOOD[: len(GOOD) // 2]}], STRUCT), "the image cannot be decoded"),
         (pa.array([{"bytes": encode(pixels(1, side=28)[0])}], STRUCT), r"\(28, 28, 3\), not 32x32"),
     ],
-    ids=["no bytes", "null bytes", "null", "no struct", "garbage", "truncated", "wrong size"],
+    ids=[
+        "no bytes",
+        "null bytes",
+        "null",
+        "no struct",
+        "garbage",
+        "broken",
+        "truncated",
+        "wrong size",
+    ],
 )
 def test_a_bad_image_is_named_by_file_and_row(folder, images, message):
     file = broken(folder)

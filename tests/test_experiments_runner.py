@@ -13,7 +13,7 @@ import optax
 import pytest
 from PIL import Image
 
-from gnp_optax.experiments import __main__, data
+from gnp_optax.experiments import __main__, data, report
 from gnp_optax.experiments.__main__ import compare, parse
 from gnp_optax.experiments.config import DEFAULTS, Config, Method, regularization
 from gnp_optax.experiments.records import Records
@@ -105,14 +105,20 @@ def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
         ),
         *(({name: -1}, "must be positive") for name in ("learning_rate", "clip_norm", "layers")),
         ({"probe_examples": 0}, "--probe-examples must be positive"),
-        ({"alpha": -0.1}, "--alpha, .* must not be negative"),
+        ({"alpha": -0.1}, "--alpha must not be negative"),
         ({"weight_decay": -0.1}, "--weight-decay must not be negative"),
-        ({"dropout": 1.0}, "--dropout in"),
-        ({"warmup_epochs": 31}, "--warmup-epochs must lie between 0 and --epochs"),
-        ({"warmup_epochs": -1}, "--warmup-epochs must lie between 0 and --epochs"),
+        ({"alpha": float("nan")}, "--alpha must not be negative: nan"),
+        ({"weight_decay": float("nan")}, "--weight-decay must not be negative: nan"),
+        ({"r": float("inf")}, "--r must be positive, got inf"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive, got nan"),
+        ({"dropout": 1.0}, "--dropout must lie in"),
+        ({"dropout": float("nan")}, "--dropout must lie in"),
+        ({"warmup_epochs": 25}, "--warmup-epochs must be less than --epochs"),
+        ({"warmup_epochs": -1}, "--warmup-epochs must be less than --epochs"),
         ({"width": 32, "heads": 3}, "--width must be a multiple of --heads"),
-        ({"methods": ()}, "--methods must name at least one"),
-        ({"methods": ("sam", "sam")}, "--methods must .* each one once"),
+        ({"methods": ()}, "--methods must be some of"),
+        ({"methods": ("sam", "sam")}, "--methods must .* each of them once"),
+        ({"methods": ("typo",)}, "--methods must be some of"),
         ({"data_dir": "somewhere"}, "--data-dir is for --dataset cifar10"),
     ],
 )
@@ -124,6 +130,12 @@ def test_an_impossible_option_is_named(options, message):
 def test_a_batch_larger_than_the_data_is_refused(small):
     with pytest.raises(ValueError, match="--batch-size exceeds the 64 examples"):
         Trainer(dataclasses.replace(TINY, batch_size=65), small)
+
+
+@pytest.mark.parametrize("patch_size", [3, 16])
+def test_a_patch_that_does_not_divide_the_image_is_refused(small, patch_size):
+    with pytest.raises(ValueError, match=r"--patch-size must divide .* 8 pixels"):
+        Trainer(dataclasses.replace(TINY, patch_size=patch_size), small)
 
 
 @pytest.mark.parametrize("name", sorted(TINY.recipe))
@@ -225,6 +237,26 @@ def test_a_file_made_with_other_options_is_refused_and_kept(recorded):
 
 
 # Whole comparisons.
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "3"])
+def test_a_file_of_another_program_is_refused(tmp_path, line):
+    (tmp_path / "runs.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="not written by this program"):
+        Records(dataclasses.replace(TINY, out=tmp_path))
+
+
+def test_an_option_that_is_gone_is_named(tmp_path):
+    header = {"options": {**TINY.recipe, "momentum": 0.9}}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(header) + "\n")
+    with pytest.raises(ValueError, match=r"momentum 0\.9 instead of None"):
+        Records(dataclasses.replace(TINY, out=tmp_path))
+
+
+def test_a_figure_of_errors_that_are_all_zero(tmp_path):
+    run = [{"test_error": 0.0, "gradient_norm": 0.1} for _ in range(2)]
+    report.figure({("plain", 0): run}, "title", 1, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_the_first_line_holds_the_options_and_the_versions(finished):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,9 +40,9 @@ class Config:
     out: Path | None = None
     """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
 
-    epochs: int = 30
+    epochs: int = 25
     """Passes over the training set."""
-    warmup_epochs: int = 6
+    warmup_epochs: int = 5
     """Length of the learning-rate warmup and of the regularization's three warmups."""
     batch_size: int = 32
     """Examples per step."""
@@ -85,16 +86,20 @@ class Config:
             "heads",
         )
         for name in (*counts, "probe_examples", "learning_rate", "clip_norm", "r"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{_option(name)} must be positive, got {getattr(self, name)}.")
-        if self.alpha < 0 or self.weight_decay < 0 or not 0 <= self.dropout < 1:
-            raise ValueError("--alpha, --weight-decay must not be negative, --dropout in [0, 1).")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise ValueError("--warmup-epochs must lie between 0 and --epochs.")
+        for name in ("alpha", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{_option(name)} must not be negative: {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("--dropout must lie in [0, 1).")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError("--warmup-epochs must be less than --epochs, and not negative.")
         if self.width % self.heads:
             raise ValueError("--width must be a multiple of --heads.")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError("--methods must name at least one method, and each one once.")
+        known = set(self.methods) <= set(get_args(Method))
+        if not self.methods or not known or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"--methods must be some of {get_args(Method)}, each of them once.")
         if self.dataset == "digits" and self.data_dir is not None:
             raise ValueError("--data-dir is for --dataset cifar10; the digits come with the code.")
 

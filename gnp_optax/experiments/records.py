@@ -30,7 +30,9 @@ class Records:
         self.runs: dict[Run, list[Metrics]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = _read(self.path)
-        if lines and lines[0].get("options") != config.recipe:
+        if lines and not (isinstance(lines[0], dict) and "options" in lines[0]):
+            raise ValueError(f"{self.path} was not written by this program. Choose another --out.")
+        if lines and lines[0]["options"] != config.recipe:
             raise ValueError(
                 f"{self.path} was made with other options: {_differences(lines[0], config)}. "
                 f"Choose another folder with --out, or remove that one."
@@ -75,9 +77,9 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:
-    made = header.get("options", {})
-    names = [name for name, value in config.recipe.items() if made.get(name) != value]
-    return ", ".join(f"{n} {made.get(n)!r} instead of {config.recipe[n]!r}" for n in names)
+    made, asked = header["options"], config.recipe
+    names = [name for name in {**made, **asked} if made.get(name) != asked.get(name)]
+    return ", ".join(f"{n} {made.get(n)!r} instead of {asked.get(n)!r}" for n in names)
 
 
 def _environment() -> dict[str, Any]:

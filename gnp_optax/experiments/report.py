@@ -84,14 +84,16 @@ def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
             # A single epoch makes no line.
             axes.plot(epochs, values.mean(0), marker="o" if len(epochs) == 1 else None, **line)
             axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, lw=0)
-        axes.set(xlabel="epoch", ylabel=label, yscale="log")
+        positive = any(epoch[key] > 0 for run in runs.values() for epoch in run)
+        axes.set(xlabel="epoch", ylabel=label, yscale="log" if positive else "linear")
         if warmup_epochs:
             at = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "va": "top"}
             axes.axvline(warmup_epochs, color="grey", lw=0.8, ls=":")
             axes.text(warmup_epochs, 1.0, " warmup ends", color="grey", **at)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(True, alpha=0.3)
-        _plain_numbers(axes.yaxis)
+        if positive:
+            _plain_numbers(axes.yaxis)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

@@ -40,6 +40,9 @@ class Trainer:
         self.steps_per_epoch = len(data.train.labels) // config.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"--batch-size exceeds the {len(data.train.labels)} examples.")
+        side = data.train.images.shape[1]
+        if side % config.patch_size:
+            raise ValueError(f"--patch-size must divide the side of the images, {side} pixels.")
         steps = config.epochs * self.steps_per_epoch
         self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
         schedule = optax.warmup_cosine_decay_schedule(
