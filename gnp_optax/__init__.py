@@ -1,7 +1,7 @@
 """Gradient regularization, SAM and layer-wise gradient regularization for JAX and Optax."""
 
-import importlib
-from types import ModuleType
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
 
 from gnp_optax import directions, masks, schedules
 from gnp_optax._functional import value_and_grad
@@ -23,12 +23,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> _ModuleType:
     # `gnp.linen` and `gnp.nnx` import Flax, which this package must not need: only when asked for.
     if name in ("linen", "nnx"):
         try:
-            return importlib.import_module(f"gnp_optax.{name}")
+            return _import_module(f"gnp_optax.{name}")
         except ModuleNotFoundError as error:
+            if error.name != "flax":
+                raise
             raise ModuleNotFoundError(
                 f"gnp_optax.{name} needs Flax: pip install 'gnp-optax[flax]'."
             ) from error

@@ -1,5 +1,6 @@
 """Checks of arguments that every public function shares."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -54,3 +55,9 @@ def check_direction(direction: Any) -> None:
             f"direction must be an optax.GradientTransformation from gradient to ascent direction, "
             f"got {direction!r}. Write direction=gnp.directions.normalized(), with parentheses."
         )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Write names as a list that stays short."""
+    shown = [repr(name) for name in names]
+    return ", ".join(shown[:12]) + (f", ... ({len(shown)} in all)" if len(shown) > 12 else "")

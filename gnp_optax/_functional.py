@@ -76,27 +76,35 @@ def value_and_grad(
         _checks.check_scalar(name, number)
     _checks.check_scope(scope)
     _selection.check_mask(mask)
-    ascent = directions.normalized() if direction is None else direction
-    _checks.check_direction(ascent)
+    direction = directions.normalized() if direction is None else direction
+    _checks.check_direction(direction)
     with_aux = _loss.with_aux(fun, has_aux)
 
     @functools.wraps(fun)
-    def value_and_grad_fn(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    def value_and_grad_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         def loss(p: PyTree) -> tuple[jax.Array, Any]:
             return with_aux(p, *args, **kwargs)
 
         def ascend(g: PyTree) -> tuple[PyTree, Any]:
-            state = ascent.init(params)
+            state = direction.init(params)
             if jax.tree.leaves(state):
                 raise ValueError(
                     "This direction has a state, and value_and_grad keeps none between steps. Use "
                     "the transformation: gnp.gradient_regularization(r, alpha, direction=...)."
                 )
-            return ascent.update(g, state, params)
+            return direction.update(g, state, params)
 
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
         regularized, _, _ = _perturbation.regularize(
-            loss, grads, params, ascend, r=r, alpha=alpha, mask=mask, scope=scope
+            loss,
+            grads,
+            params,
+            ascend=ascend,
+            observe=lambda seen: None,
+            r=r,
+            alpha=alpha,
+            mask=mask,
+            scope=scope,
         )
         return ((value, aux) if has_aux else value), regularized
 

@@ -19,7 +19,7 @@ def with_aux(fun: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[jax.
     def loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         out = fun(*args, **kwargs)
         if has_aux:
-            if not (isinstance(out, tuple) and len(out) == 2):
+            if not (isinstance(out, (tuple, list)) and len(out) == 2):
                 raise TypeError(
                     f"With has_aux=True the loss must return a pair (loss, aux), but it returned "
                     f"{_kind(out)}."
@@ -58,15 +58,15 @@ def closure(
     def of_params(params: PyTree) -> tuple[jax.Array, Any]:
         try:
             return loss(params, **kwargs)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            if not _is_vector(params):
-                raise
-            raise TypeError(
-                f"The loss failed on the parameters it was given, a single vector of shape "
-                f"{jnp.shape(params)}: {error} If optax.flatten is wrapped around the gradient "
-                f"regularization, the loss no longer sees the tree it was written for. Put it "
-                f"outside: optax.chain(gnp.gradient_regularization(r, alpha), optax.flatten(...))."
-            ) from error
+        except Exception as error:
+            if isinstance(params, jax.Array) and params.ndim == 1:
+                error.add_note(
+                    f"The loss was given a single vector of shape {params.shape}. If optax.flatten "
+                    f"is wrapped around the gradient regularization, the loss does not see the "
+                    f"tree it was written for. Put the regularization outside: "
+                    f"optax.chain(gnp.gradient_regularization(r, alpha), optax.flatten(...))."
+                )
+            raise
 
     return of_params
 
@@ -97,10 +97,6 @@ def _check_scalar(value: Any, has_aux: bool) -> None:
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"The loss must be a real floating-point scalar, but it is {dtype}.")
-
-
-def _is_vector(params: PyTree) -> bool:
-    return isinstance(params, jax.Array) and params.ndim == 1
 
 
 def _kind(value: Any) -> str:

@@ -26,22 +26,22 @@ def norm(leaves: Sequence[jax.Array]) -> jax.Array:
 
     The elements are divided by the largest before they are squared, so that neither a float16
     gradient of 1e-4 nor a float32 gradient of 1e-25 underflows to 0, and 1e25 does not overflow.
+    In float32 that holds for norms from 1e-37 to 1e37. NaN and infinity stay what they are.
     """
     magnitudes = [jnp.abs(jnp.asarray(x, wide(jnp.result_type(x)))) for x in leaves]
     if not magnitudes:
         return jnp.zeros([], jnp.float32)
     largest = jnp.stack([jnp.max(x, initial=0) for x in magnitudes]).max()
-    scale = jnp.where(largest > 0, largest, 1)
+    # A larger scale would have a reciprocal below the normal numbers, which is flushed to 0.
+    scale = jnp.minimum(jnp.where(largest == 0, 1, largest), 0.5 / jnp.finfo(largest.dtype).tiny)
     total = sum(jnp.sum(jnp.square(x / scale.astype(x.dtype))) for x in magnitudes)
     return scale * jnp.sqrt(total)
 
 
 def divide(x: jax.Array, total: jax.Array) -> jax.Array:
     """Divide a leaf by a norm, in the leaf's wide type; 0 where the norm is 0."""
-    nonzero = jnp.where(total > 0, total, 1)
     x = jnp.asarray(x, wide(jnp.result_type(x)))
-    # `total > 0` is False for NaN too: a NaN leaf divided by 1 stays NaN, as it should.
-    return x / nonzero.astype(real(x.dtype))
+    return x / jnp.where(total == 0, 1, total).astype(real(x.dtype))
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -13,11 +13,14 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
     Keys are joined by `/`. An index below a name is written as Flax linen names the items of a
     list: `blocks_0/attention/kernel`, so that a list of modules in NNX or Equinox has the same
-    paths as in linen. The box of an NNX `Variable` is not part of the path.
+    paths as in linen. The box of an NNX `Variable` or of `nn.Partitioned` is no part of a path.
     """
-    boxes = _nnx_variable_types()
+    boxes = _flax_boxes()
     nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, boxes))
-    return [name for path, node in nodes for name in [_join(path)] * len(jax.tree.leaves(node))]
+    paths: list[str] = []
+    for path, node in nodes:
+        paths += [_join(path)] * len(jax.tree.leaves(node))
+    return paths
 
 
 def layer_of(path: str) -> str:
@@ -34,8 +37,12 @@ def _join(path: tuple[Any, ...]) -> str:
     return joined
 
 
-def _nnx_variable_types() -> tuple[type, ...]:
-    # Only a program that has imported Flax NNX can hold its variables: never import it here.
-    nnx = sys.modules.get("flax.nnx")
-    names = ("Variable", "VariableState")
-    return tuple(vars(nnx)[name] for name in names if name in vars(nnx)) if nnx else ()
+def _flax_boxes() -> tuple[type, ...]:
+    # Only a program that has imported Flax can hold its boxes: never import it here.
+    names = (
+        ("flax.nnx", "Variable"),
+        ("flax.nnx", "VariableState"),
+        ("flax.core.meta", "AxisMetadata"),
+    )
+    found = (vars(sys.modules[m]).get(name) for m, name in names if m in sys.modules)
+    return tuple(box for box in found if box is not None)

@@ -4,87 +4,97 @@ With g the gradient at theta, `eps = r * direction(g)` on the selected leaves an
 theta + eps, `g_reg = (1 - alpha) g + alpha g~` on the leaves that `scope` names.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnp_optax import _loss, _numerics, _selection
 
 PyTree = Any
-# From the gradient, zero on the leaves that are not perturbed, to the ascent direction and state.
-Ascend = Callable[[PyTree], tuple[PyTree, Any]]
+Seen = TypeVar("Seen")
 
 
-class SecondPass(NamedTuple):
-    """What the perturbed pass showed: float32 scalars, NaN where it did not run."""
+class PerturbedPass(NamedTuple):
+    """The perturbed pass: the loss, and lists with one entry per leaf of the parameters."""
 
-    grad_norm: jax.Array
-    perturbation_norm: jax.Array
-    perturbed_loss: jax.Array
-    cosine: jax.Array
-
-
-def not_run() -> SecondPass:
-    """Return the report of a second pass that did not run."""
-    return SecondPass(*(jnp.full([], jnp.nan, jnp.float32) for _ in SecondPass._fields))
+    value: jax.Array
+    params: list[Any]
+    perturbed: list[Any]
+    grads: list[Any]
+    tilde: list[jax.Array | None]  # g~, None on the leaves that do not receive it
 
 
 def regularize(
     loss: _loss.Loss,
     grads: PyTree,
     params: PyTree,
-    ascend: Ascend,
     *,
+    ascend: Callable[[PyTree], tuple[PyTree, Any]],
+    observe: Callable[[PerturbedPass | None], Seen],
     r: jax.typing.ArrayLike,
     alpha: jax.typing.ArrayLike,
     mask: _selection.Mask,
     scope: str,
-) -> tuple[PyTree, Any, SecondPass]:
+) -> tuple[PyTree, Any, Seen]:
     """Return `g_reg` for the gradient `grads` of `loss` at `params`.
 
     Where alpha is 0, `grads` come back as they are and `loss` is not evaluated: decided in Python
     for a number, by `lax.cond` for a traced alpha.
 
+    Args:
+        loss: From the parameters to the scalar loss and anything else.
+        grads: Its gradient at `params`.
+        params: The parameters.
+        ascend: From the gradient, 0 on the unselected leaves, to the ascent direction and a state.
+        observe: What to keep of the perturbed pass; it is given None where there was none.
+        r: Radius of the perturbation.
+        alpha: Weight of the perturbed gradient.
+        mask: Which leaves are perturbed.
+        scope: Which leaves receive the regularized gradient, `"all"` or `"masked"`.
+
     Returns:
-        `g_reg` in the structure and dtypes of `grads`, the state of `ascend`, and what was seen.
+        `g_reg` in the structure and dtypes of `grads`, the state of `ascend`, and what `observe`
+        kept.
     """
     selected = _selection.selected_leaves(mask, params)
     leaves, treedef = jax.tree.flatten(params)
     grad_leaves = _leaves_like(treedef, grads)
     receives = selected if scope == "masked" else [_numerics.is_inexact(leaf) for leaf in leaves]
 
-    def direction() -> tuple[PyTree, Any]:
+    def ascent() -> tuple[PyTree, Any]:
         kept = [
-            g if s else jnp.zeros_like(w)
+            g if s else jnp.zeros(jnp.shape(w), _gradient_dtype(g, w))
             for g, s, w in zip(grad_leaves, selected, leaves, strict=True)
         ]
         return ascend(jax.tree.unflatten(treedef, kept))
 
-    def skip() -> tuple[PyTree, Any, SecondPass]:
+    def skip() -> tuple[PyTree, Any, Seen]:
         # The state of a direction sees every gradient; of one without state, nothing remains.
-        _, state = direction()
-        return grads, state, not_run()
+        _, state = ascent()
+        return grads, state, observe(None)
 
-    def run() -> tuple[PyTree, Any, SecondPass]:
-        ascent, state = direction()
+    def run() -> tuple[PyTree, Any, Seen]:
+        direction, state = ascent()
         # Chosen in Python: an unselected leaf must stay the same array, for what is computed from
         # it alone to be shared between the two passes.
         perturbed = [
             perturb(w, d, r) if s else w
-            for w, d, s in zip(leaves, _leaves_like(treedef, ascent), selected, strict=True)
+            for w, d, s in zip(leaves, _leaves_like(treedef, direction), selected, strict=True)
         ]
         value, tilde = _gradient(loss, perturbed, treedef, receives)
         mixed = [
             g if t is None else mix(g, t, alpha) for g, t in zip(grad_leaves, tilde, strict=True)
         ]
-        report = _report(leaves, perturbed, grad_leaves, tilde, value)
-        return jax.tree.unflatten(treedef, mixed), state, report
+        seen = observe(PerturbedPass(value, leaves, perturbed, grad_leaves, tilde))
+        return jax.tree.unflatten(treedef, mixed), state, seen
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
-    return skip() if alpha == 0 else run()
+    # In NumPy, since under `jit` a comparison of concrete JAX arrays is staged like any other.
+    return skip() if np.asarray(alpha) == 0 else run()
 
 
 def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
@@ -120,38 +130,10 @@ def _gradient(
     return value, [next(found) if x else None for x in receives]
 
 
-def _report(
-    leaves: list[Any],
-    perturbed: list[Any],
-    grads: list[Any],
-    tilde: list[jax.Array | None],
-    value: jax.Array,
-) -> SecondPass:
-    moved = [_difference(p, w) for p, w in zip(perturbed, leaves, strict=True) if p is not w]
-    pairs = [(g, t) for g, t in zip(grads, tilde, strict=True) if t is not None]
-    inexact = [g for g, w in zip(grads, leaves, strict=True) if _numerics.is_inexact(w)]
-    report = SecondPass(
-        grad_norm=_numerics.norm(inexact),
-        perturbation_norm=_numerics.norm(moved),
-        perturbed_loss=value,
-        cosine=_cosine(*zip(*pairs, strict=True)),
-    )
-    return SecondPass(*(jnp.asarray(x, jnp.float32) for x in report))
-
-
-def _difference(perturbed: jax.Array, w: jax.Array) -> jax.Array:
-    wide = _numerics.wide(perturbed.dtype)
-    return perturbed.astype(wide) - jnp.asarray(w, wide)
-
-
-def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
-    """Cosine of the angle between two gradients; 0 where one of them is 0."""
-    norms = _numerics.norm(first), _numerics.norm(second)
-    products = [
-        jnp.vdot(_numerics.divide(a, norms[0]), _numerics.divide(b, norms[1])).real
-        for a, b in zip(first, second, strict=True)
-    ]
-    return jnp.asarray(sum(products))
+def _gradient_dtype(g: Any, w: Any) -> jnp.dtype:
+    # The gradient of an integer leaf is of type float0, or missing.
+    has_gradient = _numerics.is_inexact(w) and g is not None
+    return jnp.result_type(g) if has_gradient else jnp.result_type(w)
 
 
 def _leaves_like(treedef: Any, tree: PyTree) -> list[Any]:

@@ -1,13 +1,13 @@
 """From a mask and the parameters to one Python bool per leaf."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from gnp_optax import _numerics, _paths
+from gnp_optax import _checks, _numerics, _paths
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -36,7 +36,7 @@ def selected_leaves(mask: Mask, params: PyTree) -> list[bool]:
     Chosen in Python, never traced: an unselected leaf then stays the very same array, and only
     leaves that can be differentiated are selected.
     """
-    check_params(params)
+    _check_params(params)
     leaves, treedef = jax.tree.flatten(params)
     differentiable = [_numerics.is_inexact(leaf) for leaf in leaves]
     if mask is None:
@@ -54,15 +54,17 @@ def selected_leaves(mask: Mask, params: PyTree) -> list[bool]:
             ) from error
         flags = jax.tree.leaves(full)
         selected = [m and d for m, d in zip(flags, differentiable, strict=True)]
+    if not any(differentiable):
+        raise ValueError("None of the parameters is floating point or complex.")
     if not any(selected):
         raise ValueError(
             f"The mask {mask!r} selects none of the parameters. Their paths are "
-            f"{listed(_paths.leaf_paths(params))}."
+            f"{_checks.listed(_paths.leaf_paths(params))}."
         )
     return selected
 
 
-def check_params(params: PyTree) -> None:
+def _check_params(params: PyTree) -> None:
     """Raise if a wrapper has taken leaves out of the parameters."""
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
@@ -73,12 +75,6 @@ def check_params(params: PyTree) -> None:
             "gnp.gradient_regularization(r, alpha, mask=...); to treat layers differently after "
             "it, optax.chain(gnp.gradient_regularization(r, alpha), optax.partition(...))."
         )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Write names as a list that stays short."""
-    shown = [repr(name) for name in names]
-    return ", ".join(shown[:12]) + (f", ... ({len(shown)} in all)" if len(shown) > 12 else "")
 
 
 def _is_callable(mask: Mask) -> bool:

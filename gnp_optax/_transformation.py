@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _perturbation, _selection, directions
+from gnp_optax import _checks, _loss, _perturbation, _report, _selection, directions
 from gnp_optax._selection import Mask
 
 
@@ -60,8 +60,10 @@ def gradient_regularization(
 
     The incoming updates are taken as g, whatever was done to them (a mean over devices, say).
     Keyword arguments of `update` that `value_fn` names are forwarded to it; others are ignored.
-    A step at which alpha is 0 evaluates no second gradient, so a schedule that is 0 costs nothing.
-    Call `update` inside the jitted step, where a closure over the batch is traced with it.
+    A step at which alpha is 0 evaluates no second gradient. Call `update` inside the jitted step,
+    where a closure over the batch is traced with it. To accumulate gradients put `optax.MultiSteps`
+    after the transformation, never around it: around it, the perturbed gradient would be that of
+    the last micro-batch alone.
 
     Args:
         r: Radius of the perturbation, in the units of the parameters; a number or a schedule of
@@ -105,14 +107,14 @@ def gradient_regularization(
     _selection.check_mask(mask)
     direction = directions.normalized() if direction is None else direction
     _checks.check_direction(direction)
-    ascent = optax.with_extra_args_support(direction)
+    direction = optax.with_extra_args_support(direction)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
         # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
         if jax.tree.leaves(params):
             _selection.selected_leaves(mask, params)
         return GradientRegularizationState(
-            jnp.zeros([], jnp.int32), direction.init(params), *_perturbation.not_run()
+            jnp.zeros([], jnp.int32), direction.init(params), *_report.not_run()
         )
 
     def update_fn(
@@ -128,12 +130,17 @@ def gradient_regularization(
                 "Gradient regularization perturbs the parameters and needs them: "
                 "tx.update(grads, opt_state, params, value_fn=loss_fn)."
             )
-        assert isinstance(state, GradientRegularizationState)
+        if not isinstance(state, GradientRegularizationState):
+            raise TypeError(
+                f"The optimizer state has {type(state).__name__} where GradientRegularizationState "
+                f"should be. A checkpoint has to be restored into the structure of tx.init(params)."
+            )
         regularized, direction_state, report = _perturbation.regularize(
             _loss.closure(value_fn, extra_args, has_aux),
             updates,
             params,
-            lambda g: ascent.update(g, state.direction_state, params, **extra_args),
+            ascend=lambda g: direction.update(g, state.direction_state, params, **extra_args),
+            observe=lambda seen: _report.report(seen) if seen else _report.not_run(updates),
             r=_at_step("r", r, state.step),
             alpha=_at_step("alpha", alpha, state.step),
             mask=mask,

@@ -88,13 +88,13 @@ def adaptive(eta: float = 0.01) -> optax.GradientTransformation:
                 "directions.adaptive scales by the parameters: pass them, update(g, state, params)."
             )
 
-        def scale(g: jax.Array, w: jax.Array) -> jax.Array:
+        def magnitude(w: jax.Array) -> jax.Array:
             w = jnp.asarray(w, _numerics.wide(jnp.result_type(w)))
-            return (jnp.abs(w) + eta).astype(_numerics.real(w.dtype)) * jnp.conj(g)
+            return (jnp.abs(w) + eta).astype(_numerics.real(w.dtype))
 
-        scaled = jax.tree.map(scale, updates, params)
+        t = jax.tree.map(magnitude, params)
+        scaled = jax.tree.map(lambda g, t: t * jnp.conj(g), updates, t)
         total = _numerics.norm(jax.tree.leaves(scaled))
-        twice = jax.tree.map(lambda g, w: jnp.conj(scale(g, w)), scaled, params)
-        return jax.tree.map(lambda g: _numerics.divide(g, total), twice), state
+        return jax.tree.map(lambda s, t: _numerics.divide(t * s, total), scaled, t), state
 
     return optax.GradientTransformation(init_fn, update_fn)

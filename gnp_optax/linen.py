@@ -1,6 +1,7 @@
 """Flax linen: a `TrainState` that hands the loss to the optimizer."""
 
 import dataclasses
+import difflib
 import functools
 from typing import Any, Self
 
@@ -39,22 +40,29 @@ class TrainState(train_state.TrainState):
             The new state.
 
         Raises:
-            TypeError: If an extra argument is given to an optimizer that takes none. `value_fn`
-                may always be given, so that the optimizer can be exchanged for a plain one.
+            TypeError: If an extra argument is given to an optimizer that takes none (`value_fn` may
+                be given all the same, so that the baseline needs no other training step), or if
+                it looks like a misspelt field.
         """
         fields = {field.name for field in dataclasses.fields(self)}
-        extra_args = {name: value for name, value in kwargs.items() if name not in fields}
         replaced = {name: value for name, value in kwargs.items() if name in fields}
-        takes_extra_args = isinstance(self.tx, optax.GradientTransformationExtraArgs)
-        unused = sorted(extra_args.keys() - {"value_fn"})
-        if unused and not takes_extra_args:
-            raise TypeError(
-                f"apply_gradients got {unused}, which is neither a field of "
-                f"{type(self).__name__} nor anything its optimizer takes."
-            )
-        tx = optax.with_extra_args_support(self.tx)
-        bound = self.tx._replace(update=functools.partial(tx.update, **extra_args))
+        extra_args = {name: value for name, value in kwargs.items() if name not in fields}
+        kinds = (optax.GradientTransformationExtraArgs, optax.MultiSteps)
+        takes_extra_args = isinstance(self.tx, kinds)
+        for name in extra_args.keys() - _OPTAX_NAMES:
+            similar = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
+            if similar or not takes_extra_args:
+                hint = f" Did you mean {similar[0]!r}?" if similar else ""
+                raise TypeError(
+                    f"apply_gradients got {name!r}, which is neither a field of "
+                    f"{type(self).__name__} nor anything that its optimizer takes.{hint}"
+                )
+        update = functools.partial(self.tx.update, **(extra_args if takes_extra_args else {}))
         # `tx` is a static field: were the closure left in it, every step would be compiled anew.
-        plain = train_state.TrainState.apply_gradients
-        state: Self = plain(self.replace(tx=bound), grads=grads, **replaced).replace(tx=self.tx)
-        return state
+        bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        state: Self = super(TrainState, bound).apply_gradients(grads=grads, **replaced)
+        return state.replace(tx=self.tx)
+
+
+# What Optax's own transformations are handed: never a misspelt field.
+_OPTAX_NAMES = {"value", "value_fn", "grad", "grad_fn", "obj_fn"}

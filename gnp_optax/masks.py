@@ -127,12 +127,12 @@ def top_k_layers(grads: PyTree, k: int) -> Callable[[PyTree], PyTree]:
     if k > len(by_layer):
         raise ValueError(
             f"k={k} layers were asked for, but the gradient has {len(by_layer)}: "
-            f"{_selection.listed(by_layer)}."
+            f"{_checks.listed(by_layer)}."
         )
     scores = dict(zip(by_layer, jax.device_get(_norms(list(by_layer.values()))), strict=True))
     broken = [name for name, score in scores.items() if not np.isfinite(score)]
     if broken:
-        raise ValueError(f"These layers' gradients are not finite: {_selection.listed(broken)}.")
+        raise ValueError(f"These layers' gradients are not finite: {_checks.listed(broken)}.")
     return layers(*sorted(scores, key=lambda name: scores[name], reverse=True)[:k])
 
 
@@ -174,12 +174,13 @@ class _Layers:
     paths: tuple[str, ...]
 
     def __call__(self, params: PyTree) -> PyTree:
+        _refuse_step_count(params)
         present = {_paths.layer_of(path) for path in _paths.leaf_paths(params)}
         missing = [layer for layer in self.paths if layer not in present]
         if missing:
             raise ValueError(
                 f"The mask names layers that the parameters do not have: "
-                f"{_selection.listed(missing)}. They have {_selection.listed(sorted(present))}. "
+                f"{_checks.listed(missing)}. They have {_checks.listed(sorted(present))}. "
                 f"Select again with the gradient of these parameters."
             )
         return _select_by_path(params, lambda path: _paths.layer_of(path) in self.paths)

@@ -26,9 +26,10 @@ def value_and_grad(
     """Return a function for the value of `fun` and its regularized gradient, for NNX modules.
 
     As `nnx.value_and_grad(fun, has_aux=has_aux)` with respect to the first argument, with the
-    gradient of `gnp_optax.value_and_grad`. Batch statistics, random streams and all else that `fun`
-    changes in its arguments are left as after one unperturbed pass, and both passes see the same
-    random keys.
+    gradient of `gnp_optax.value_and_grad`. Batch statistics, random streams and all other variables
+    that are not differentiated are left as after one unperturbed pass, and both passes see the same
+    random keys. (What `fun` does to plain Python attributes of a module, or to the differentiated
+    variables themselves, is not carried over.)
 
     Args:
         fun: Loss `fun(model, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
@@ -76,7 +77,7 @@ def value_and_grad(
     )
 
     @functools.wraps(fun)
-    def value_and_grad_fn(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def value_and_grad_fn(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         # All arguments at once, since they may share variables (an `nnx.Rngs` for one).
         called = (model, args, kwargs)
         split: Any = nnx.split(called, of_model, ...)

@@ -29,7 +29,7 @@ def test_norm_neither_underflows_nor_overflows(dtype, size):
     np.testing.assert_allclose(got["a"], 1015**-0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e30, 1e36])
 def test_norm_in_float32_at_the_ends_of_its_range(size):
     got = ascend(directions.normalized(), jnp.array([3.0, 4.0], jnp.float32) * jnp.float32(size))
     np.testing.assert_allclose(got, [0.6, 0.8], rtol=1e-5)
@@ -43,10 +43,13 @@ def test_zero_gradient_gives_zero_direction(direction):
 
 
 @pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive()])
-def test_not_a_number_stays_one(direction):
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_gradient_that_is_not_finite_gives_no_finite_step(direction, value):
+    """Else the leaves that are finite would be perturbed by their whole gradient."""
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-    got = ascend(direction, {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(2)}, params)
+    got = ascend(direction, {"a": jnp.array([1.0, value]), "b": jnp.ones(2)}, params)
     assert np.isnan(got["a"][1])
+    assert total_norm(got["b"]) == 0 or np.isnan(got["b"]).all()
 
 
 @pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive(0.0)])

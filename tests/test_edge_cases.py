@@ -139,6 +139,20 @@ def test_zero_weight_is_bit_for_bit_the_plain_gradient():
             jax.tree.map(np.testing.assert_array_equal, core, plain)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.2])
+def test_an_array_as_weight_is_a_number_under_jit_too(alpha):
+    """Closed over by a jitted step, it is concrete, though arithmetic on it is traced."""
+    params = jnp.array([3.0, 4.0])
+    weight = jnp.asarray(alpha)
+    expected, _ = regularized(params, alpha=alpha)
+    for given in (weight, lambda step: weight):
+        tx = gnp.gradient_regularization(0.5, given)
+        got, _ = jax.jit(lambda p, tx=tx: through_transformation(tx, sum_of_squares, p))(params)
+        np.testing.assert_array_equal(got, expected)
+    _, core = jax.jit(lambda p: gnp.value_and_grad(sum_of_squares, 0.5, weight)(p))(params)
+    np.testing.assert_array_equal(core, expected)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("alpha", [0.2, lambda step: jnp.asarray(0.2)], ids=["number", "schedule"])
 def test_half_precision_leaves_keep_their_type(dtype, alpha):

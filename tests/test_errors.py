@@ -55,7 +55,6 @@ CASES = {
         ValueError,
         "optax.partition or optax.multi_transform is wrapped around",
     ),
-    "flatten": (by_sam(optax.flatten), TypeError, "optax.flatten is wrapped around"),
     "lookahead": (
         lambda: (lambda tx, params: tx.update(PARAMS, tx.init(params), params))(
             optax.lookahead(optax.chain(gnp.sam(0.1), optax.sgd(0.1)), 5, 0.5),
@@ -90,6 +89,23 @@ CASES = {
         lambda: inject(r=0.1, alpha=0.5, mask=gnp.masks.matrices()).init(PARAMS),
         ValueError,
         r"static_args=\('mask',\)",
+    ),
+    "inject_hyperparams, layers": (
+        lambda: optax.inject_hyperparams(gnp.layerwise_gradient_regularization)(
+            0.1, 0.5, gnp.masks.layers("head")
+        ).init(PARAMS),
+        ValueError,
+        r"static_args=\('mask',\)",
+    ),
+    "state of another kind": (
+        lambda: gr().update(PARAMS, {"step": 0}, PARAMS, value_fn=loss),
+        TypeError,
+        r"state has dict.*tx.init\(params\)",
+    ),
+    "integer parameters": (
+        lambda: gr().init({"count": jnp.array(1)}),
+        ValueError,
+        "None of the parameters is floating point",
     ),
     # The loss.
     "no value_fn": (lambda: update(gnp.sam(0.1)), TypeError, r"value_fn=loss_fn"),
@@ -287,5 +303,13 @@ def test_an_error_of_the_loss_itself_is_not_rewritten():
     def broken(params):
         raise KeyError("no such layer")
 
-    with pytest.raises(KeyError, match="no such layer"):
-        update(gnp.sam(0.1), value_fn=broken)
+    for params in (PARAMS, jnp.ones(3)):
+        with pytest.raises(KeyError, match="no such layer"):
+            update(gnp.sam(0.1), params, value_fn=broken)
+
+
+def test_flatten_around_adds_a_note_to_the_error_of_the_loss():
+    with pytest.raises(TypeError) as caught:
+        update(optax.flatten(gnp.sam(0.1)), value_fn=named_loss)
+    (note,) = [note for note in caught.value.__notes__ if "optax.flatten" in note]
+    assert "optax.chain(gnp.gradient_regularization(r, alpha), optax.flatten(...))" in note

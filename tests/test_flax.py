@@ -166,8 +166,36 @@ def test_linen_train_state_takes_value_fn_for_a_plain_optimizer_too():
 def test_linen_train_state_refuses_what_nobody_takes():
     tx = optax.GradientTransformation(optax.identity().init, optax.identity().update)
     state = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=tx)
-    with pytest.raises(TypeError, match=r"\['batch_stat'\], which is neither a field"):
-        state.apply_gradients(grads=state.params, batch_stat={})
+    with pytest.raises(TypeError, match="'batch', which is neither a field"):
+        state.apply_gradients(grads=state.params, batch={})
+
+
+def test_linen_train_state_refuses_a_misspelt_field():
+    state = linen_state(composed(0.8))
+    with pytest.raises(TypeError, match="Did you mean 'batch_stats'"):
+        state.apply_gradients(grads=state.params, value_fn=None, batch_stat=state.batch_stats)
+
+
+def test_linen_train_state_takes_multi_steps():
+    """An object with `init` and `update` that is no `GradientTransformation`."""
+    params = {"w": jnp.array([3.0, 4.0])}
+    tx = optax.MultiSteps(optax.chain(gnp.sam(0.5), optax.sgd(0.1)), 1)
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    state = state.apply_gradients(grads=params, value_fn=lambda p: jnp.sum(p["w"] ** 2) / 2)
+    np.testing.assert_allclose(state.params["w"], [2.67, 3.56], rtol=1e-6)
+
+
+def test_linen_train_state_can_be_mixed_with_another():
+    class Hundredfold(train_state.TrainState):
+        def apply_gradients(self, *, grads, **kwargs):
+            state = super().apply_gradients(grads=grads, **kwargs)
+            return state.replace(step=100 * state.step)
+
+    class Both(TrainState, Hundredfold):
+        pass
+
+    state = Both.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1))
+    assert state.apply_gradients(grads=state.params).step == 100
 
 
 def test_linen_train_state_keeps_its_optimizer():

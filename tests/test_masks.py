@@ -113,6 +113,19 @@ def test_paths_are_the_same_for_every_kind_of_key():
     assert leaf_paths(1.0) == [""]
 
 
+def test_partitioned_linen_parameters_have_the_same_paths():
+    import flax.linen as nn
+
+    from gnp_optax._paths import leaf_paths
+
+    init = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+    boxed, plain = (
+        nn.Dense(2, kernel_init=kernel_init).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+        for kernel_init in (init, nn.initializers.ones)
+    )
+    assert leaf_paths(boxed) == leaf_paths(plain) == ["bias", "kernel"]
+
+
 def test_by_path_fits_an_nnx_state():
     from flax import nnx
 

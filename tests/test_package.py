@@ -28,6 +28,7 @@ LAYERS = [
     "directions",
     "masks",
     "_perturbation",
+    "_report",
     "_functional",
     "_transformation",
     "_presets",

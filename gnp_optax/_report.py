@@ -1,0 +1,64 @@
+"""What the state of a transformation reports of the perturbed pass."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gnp_optax import _numerics
+from gnp_optax._perturbation import PerturbedPass
+
+PyTree = Any
+
+
+class Report(NamedTuple):
+    """Float32 scalars, NaN where no perturbed pass ran."""
+
+    grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    perturbed_loss: jax.Array
+    cosine: jax.Array
+
+
+def report(seen: PerturbedPass) -> Report:
+    """Measure a perturbed pass."""
+    moves = zip(seen.perturbed, seen.params, strict=True)
+    moved = [_difference(p, w) for p, w in moves if p is not w]
+    both = zip(seen.grads, seen.tilde, strict=True)
+    pairs = [(g, t) for g, t in both if t is not None]
+    inexact = zip(seen.grads, seen.params, strict=True)
+    measured = Report(
+        grad_norm=_numerics.norm([g for g, w in inexact if _numerics.is_inexact(w)]),
+        perturbation_norm=_numerics.norm(moved),
+        perturbed_loss=seen.value,
+        cosine=_cosine(*zip(*pairs, strict=True)),
+    )
+    return Report(*(jnp.asarray(x, jnp.float32) for x in measured))
+
+
+def not_run(grads: PyTree = ()) -> Report:
+    """Report that no perturbed pass ran.
+
+    Inside `shard_map` the branches of a `cond` must vary over the same mesh axes. So the NaNs are
+    made from the gradient, by sums of zeros that XLA folds away.
+    """
+    inexact = [g for g in jax.tree.leaves(grads) if _numerics.is_inexact(g)]
+    zero = sum(jnp.sum(jnp.zeros_like(g, jnp.float32)) for g in inexact)
+    return Report(*(jnp.asarray(zero + jnp.nan, jnp.float32) for _ in Report._fields))
+
+
+def _difference(perturbed: jax.Array, w: jax.Array) -> jax.Array:
+    wide = _numerics.wide(perturbed.dtype)
+    return perturbed.astype(wide) - jnp.asarray(w, wide)
+
+
+def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
+    """Cosine of the angle between two gradients; 0 where one of them is 0."""
+    norms = _numerics.norm(first), _numerics.norm(second)
+    # A sum of products, not `vdot`: XLA fuses it, and it does not flatten a sharded leaf.
+    products = [
+        jnp.sum(jnp.real(jnp.conj(_numerics.divide(a, norms[0])) * _numerics.divide(b, norms[1])))
+        for a, b in zip(first, second, strict=True)
+    ]
+    return jnp.asarray(sum(products))

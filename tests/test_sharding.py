@@ -1,0 +1,116 @@
+"""On eight devices: the numbers of one, and no more communication than the gradients need.
+
+Devices are forced on the host, in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+
+PRELUDE = """
+import functools, re, sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import gnp_optax as gnp
+from problems import mlp
+
+assert jax.device_count() == 8
+mesh = Mesh(np.array(jax.devices()), ("data",))
+params, loss, x, y = mlp()
+
+def put(tree, spec):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+def check(got, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+# Traced, so that the second pass stands in a `cond`.
+alpha = gnp.schedules.zero_warmup(0.8, 0)
+tx = gnp.gradient_regularization(0.1, alpha)
+
+def composed(params, x, y):
+    grads = jax.grad(loss)(params, x, y)
+    return tx.update(grads, tx.init(params), params, value_fn=lambda p: loss(p, x, y))
+
+def core(params, x, y, step):
+    return gnp.value_and_grad(loss, 0.1, alpha(step))(params, x, y)[1]
+"""
+
+
+def run_on_eight_devices(program):
+    """Run a program after the prelude, and return what it printed."""
+    flags = "--xla_force_host_platform_device_count=8"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_sharded_batch_and_sharded_parameters():
+    out = run_on_eight_devices(
+        """
+        expected = jax.jit(composed)(params, x, y)[0]
+        data = put((x, y), P("data"))
+        step = jnp.zeros([], jnp.int32)
+        spec = {"body": {"kernel": P(None, "data"), "bias": P("data")},
+                "head": {"kernel": P("data", None), "bias": P()}}
+        is_spec = lambda s: isinstance(s, P)
+        sharded = jax.tree.map(lambda s, w: put(w, s), spec, params, is_leaf=is_spec)
+        for placed in (put(params, P()), sharded):
+            check(jax.jit(composed)(placed, *data)[0], expected)
+            check(jax.jit(core)(placed, *data, step), expected)
+        for name, lowered in (
+            ("plain", jax.jit(jax.grad(loss)).lower(sharded, *data)),
+            ("core", jax.jit(core).lower(sharded, *data, step)),
+            ("composed", jax.jit(composed).lower(sharded, *data)),
+        ):
+            print(name, len(re.findall(r"= \\S+ all-gather\\(", lowered.compile().as_text())))
+        """
+    )
+    gathers = {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", out)}
+    # Two gradients, and not a parameter gathered for a norm or a cosine.
+    assert gathers["core"] <= 2 * gathers["plain"]
+    assert gathers["composed"] <= 2 * gathers["plain"]
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="jax.shard_map came later")
+def test_perturbation_per_device_inside_shard_map():
+    """Each device perturbs by the gradient of its own part of the batch: m-sharpness."""
+    run_on_eight_devices(
+        """
+        parts = [(x[i * 4 : i * 4 + 4], y[i * 4 : i * 4 + 4]) for i in range(8)]
+        each = [composed(params, *part)[0] for part in parts]
+        expected = jax.tree.map(lambda *g: sum(g) / 8, *each)
+
+        def local(form, params, x, y, step):
+            params = jax.tree.map(lambda w: jax.lax.pcast(w, "data", to="varying"), params)
+            grads = form(params, x, y, step)
+            return jax.tree.map(lambda g: jax.lax.pmean(g, "data"), grads)
+
+        forms = {"core": core, "composed": lambda p, x, y, step: composed_at(p, x, y, step)}
+
+        def composed_at(params, x, y, step):
+            state = tx.init(params)._replace(step=step)
+            grads = jax.grad(loss)(params, x, y)
+            return tx.update(grads, state, params, value_fn=lambda p: loss(p, x, y))[0]
+
+        for name, form in forms.items():
+            mapped = jax.shard_map(
+                functools.partial(local, form), mesh=mesh,
+                in_specs=(P(), P("data"), P("data"), P()), out_specs=P(),
+            )
+            check(jax.jit(mapped)(params, x, y, jnp.zeros([], jnp.int32)), expected)
+        """
+    )
