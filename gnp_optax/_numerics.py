@@ -11,6 +11,11 @@ def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
+    """Return the leaf in the type to compute in."""
+    return jnp.asarray(leaf, wide(jnp.result_type(leaf)))
+
+
 def real(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Return the real type of the same width: float32 for complex64, float64 for complex128."""
     return jnp.finfo(dtype).dtype
@@ -28,7 +33,7 @@ def norm(leaves: Sequence[jax.Array]) -> jax.Array:
     gradient of 1e-4 nor a float32 gradient of 1e-25 underflows to 0, and 1e25 does not overflow.
     In float32 that holds for norms from 1e-37 to 1e37. NaN and infinity stay what they are.
     """
-    magnitudes = [jnp.abs(jnp.asarray(x, wide(jnp.result_type(x)))) for x in leaves]
+    magnitudes = [jnp.abs(widen(x)) for x in leaves]
     if not magnitudes:
         return jnp.zeros([], jnp.float32)
     largest = jnp.stack([jnp.max(x, initial=0) for x in magnitudes]).max()
@@ -40,7 +45,7 @@ def norm(leaves: Sequence[jax.Array]) -> jax.Array:
 
 def divide(x: jax.Array, total: jax.Array) -> jax.Array:
     """Divide a leaf by a norm, in the leaf's wide type; 0 where the norm is 0."""
-    x = jnp.asarray(x, wide(jnp.result_type(x)))
+    x = widen(x)
     return x / jnp.where(total == 0, 1, total).astype(real(x.dtype))
 
 

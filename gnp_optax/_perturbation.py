@@ -99,18 +99,16 @@ def regularize(
 
 def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
     """Return `w + r d`, computed in float32 or wider and rounded to the type of `w`."""
-    w = jnp.asarray(w)
-    wide = _numerics.wide(w.dtype)
-    step = jnp.asarray(r, _numerics.real(wide)) * jnp.asarray(d, wide)
-    return _numerics.round_to(w.astype(wide) + step, w.dtype)
+    wide = _numerics.widen(w)
+    step = jnp.asarray(r, _numerics.real(wide.dtype)) * jnp.asarray(d, wide.dtype)
+    return _numerics.round_to(wide + step, jnp.result_type(w))
 
 
 def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
     """Return `(1 - alpha) g + alpha g~`, computed in float32 or wider, in the type of `g`."""
-    g = jnp.asarray(g)
-    wide = _numerics.wide(g.dtype)
-    a = jnp.asarray(alpha, _numerics.real(wide))
-    return ((1 - a) * g.astype(wide) + a * tilde.astype(wide)).astype(g.dtype)
+    wide = _numerics.widen(g)
+    a = jnp.asarray(alpha, _numerics.real(wide.dtype))
+    return ((1 - a) * wide + a * tilde.astype(wide.dtype)).astype(jnp.result_type(g))
 
 
 def _gradient(

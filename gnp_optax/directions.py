@@ -89,7 +89,7 @@ def adaptive(eta: float = 0.01) -> optax.GradientTransformation:
             )
 
         def magnitude(w: jax.Array) -> jax.Array:
-            w = jnp.asarray(w, _numerics.wide(jnp.result_type(w)))
+            w = _numerics.widen(w)
             return (jnp.abs(w) + eta).astype(_numerics.real(w.dtype))
 
         t = jax.tree.map(magnitude, params)

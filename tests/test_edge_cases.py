@@ -166,6 +166,15 @@ def test_half_precision_leaves_keep_their_type(dtype, alpha):
     assert all(x.dtype == jnp.float32 for x in state[2:])
 
 
+def test_report_is_computed_in_float32_for_half_precision():
+    """In bfloat16, the sum of 4096 products would stop at 256."""
+    params = jnp.ones(4096, jnp.bfloat16)
+    _, state = through_transformation(gnp.sam(64.0), sum_of_squares, params)
+    np.testing.assert_allclose(state.grad_norm, 64, rtol=1e-6)
+    np.testing.assert_allclose(state.perturbation_norm, 64, rtol=1e-6)
+    np.testing.assert_allclose(state.cosine, 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("jit", [True, False])
 def test_perturbation_norm_is_that_of_the_rounded_parameters(jit):
     """In bfloat16, 1 + 1e-3 is 1: nothing moves, and the state says so."""
