@@ -113,7 +113,7 @@ def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
         ({"learning_rate": float("nan")}, "--learning-rate must be positive, got nan"),
         ({"dropout": 1.0}, "--dropout must lie in"),
         ({"dropout": float("nan")}, "--dropout must lie in"),
-        ({"warmup_epochs": 25}, "--warmup-epochs must be less than --epochs"),
+        ({"warmup_epochs": 30}, "--warmup-epochs must be less than --epochs"),
         ({"warmup_epochs": -1}, "--warmup-epochs must be less than --epochs"),
         ({"width": 32, "heads": 3}, "--width must be a multiple of --heads"),
         ({"methods": ()}, "--methods must be some of"),

@@ -40,9 +40,9 @@ class Config:
     out: Path | None = None
     """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
 
-    epochs: int = 25
+    epochs: int = 30
     """Passes over the training set."""
-    warmup_epochs: int = 5
+    warmup_epochs: int = 6
     """Length of the learning-rate warmup and of the regularization's three warmups."""
     batch_size: int = 32
     """Examples per step."""
