@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from gnp_optax import _checks, _loss, _perturbation, _selection, directions
+from gnp_optax import _checks, _loss, _perturbation
 from gnp_optax._selection import Mask
 
 PyTree = Any
@@ -74,10 +74,7 @@ def value_and_grad(
                 f"it with your own: {name}=schedule(step)."
             )
         _checks.check_scalar(name, number)
-    _checks.check_scope(scope)
-    _selection.check_mask(mask)
-    direction = directions.normalized() if direction is None else direction
-    _checks.check_direction(direction)
+    ascent = _perturbation.resolve_direction(direction, mask, scope)
     with_aux = _loss.with_aux(fun, has_aux)
 
     @functools.wraps(fun)
@@ -86,13 +83,13 @@ def value_and_grad(
             return with_aux(p, *args, **kwargs)
 
         def ascend(g: PyTree) -> tuple[PyTree, Any]:
-            state = direction.init(params)
+            state = ascent.init(params)
             if jax.tree.leaves(state):
                 raise ValueError(
                     "This direction has a state, and value_and_grad keeps none between steps. Use "
                     "the transformation: gnp.gradient_regularization(r, alpha, direction=...)."
                 )
-            return direction.update(g, state, params)
+            return ascent.update(g, state, params)
 
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
         regularized, _, _ = _perturbation.regularize(

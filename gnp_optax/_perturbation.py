@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from gnp_optax import _loss, _numerics, _selection
+from gnp_optax import _checks, _loss, _numerics, _selection, directions
 
 PyTree = Any
 Seen = TypeVar("Seen")
@@ -25,6 +26,17 @@ class PerturbedPass(NamedTuple):
     perturbed: list[Any]
     grads: list[Any]
     tilde: list[jax.Array | None]  # g~, None on the leaves that do not receive it
+
+
+def resolve_direction(
+    direction: optax.GradientTransformation | None, mask: _selection.Mask, scope: str
+) -> optax.GradientTransformationExtraArgs:
+    """Check the arguments that every public form shares, and fill in the default direction."""
+    _checks.check_scope(scope)
+    _selection.check_mask(mask)
+    direction = directions.normalized() if direction is None else direction
+    _checks.check_direction(direction)
+    return optax.with_extra_args_support(direction)
 
 
 def regularize(

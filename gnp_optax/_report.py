@@ -24,7 +24,7 @@ class Report(NamedTuple):
 def report(seen: PerturbedPass) -> Report:
     """Measure a perturbed pass."""
     moves = zip(seen.perturbed, seen.params, strict=True)
-    moved = [_difference(p, w) for p, w in moves if p is not w]
+    moved = [_numerics.widen(p) - _numerics.widen(w) for p, w in moves if p is not w]
     both = zip(seen.grads, seen.tilde, strict=True)
     pairs = [(g, t) for g, t in both if t is not None]
     inexact = zip(seen.grads, seen.params, strict=True)
@@ -46,10 +46,6 @@ def not_run(grads: PyTree = ()) -> Report:
     inexact = [g for g in jax.tree.leaves(grads) if _numerics.is_inexact(g)]
     zero = sum(jnp.sum(jnp.zeros_like(g, jnp.float32)) for g in inexact)
     return Report(*(jnp.asarray(zero + jnp.nan, jnp.float32) for _ in Report._fields))
-
-
-def _difference(perturbed: jax.Array, w: jax.Array) -> jax.Array:
-    return _numerics.widen(perturbed) - _numerics.widen(w)
 
 
 def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:

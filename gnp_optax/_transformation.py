@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _perturbation, _report, _selection, directions
+from gnp_optax import _checks, _loss, _perturbation, _report, _selection
 from gnp_optax._selection import Mask
 
 
@@ -103,18 +103,14 @@ def gradient_regularization(
     """
     _checks.check_scalar_or_schedule("r", r)
     _checks.check_scalar_or_schedule("alpha", alpha)
-    _checks.check_scope(scope)
-    _selection.check_mask(mask)
-    direction = directions.normalized() if direction is None else direction
-    _checks.check_direction(direction)
-    direction = optax.with_extra_args_support(direction)
+    ascent = _perturbation.resolve_direction(direction, mask, scope)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
         # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
         if jax.tree.leaves(params):
             _selection.selected_leaves(mask, params)
         return GradientRegularizationState(
-            jnp.zeros([], jnp.int32), direction.init(params), *_report.not_run()
+            jnp.zeros([], jnp.int32), ascent.init(params), *_report.not_run()
         )
 
     def update_fn(
@@ -139,7 +135,7 @@ def gradient_regularization(
             _loss.closure(value_fn, extra_args, has_aux),
             updates,
             params,
-            ascend=lambda g: direction.update(g, state.direction_state, params, **extra_args),
+            ascend=lambda g: ascent.update(g, state.direction_state, params, **extra_args),
             observe=lambda seen: _report.report(seen) if seen else _report.not_run(updates),
             r=_at_step("r", r, state.step),
             alpha=_at_step("alpha", alpha, state.step),

@@ -153,7 +153,7 @@ class _ByPath:
             raise ValueError(message) from error
 
     def __call__(self, params: PyTree) -> PyTree:
-        return _select_by_path(params, lambda path: bool(re.search(self.regex, path)))
+        return _tree_of(params, [bool(re.search(self.regex, path)) for path in _paths_of(params)])
 
     def __repr__(self) -> str:
         return f"by_path({self.regex!r})"
@@ -174,8 +174,8 @@ class _Layers:
     paths: tuple[str, ...]
 
     def __call__(self, params: PyTree) -> PyTree:
-        _refuse_step_count(params)
-        present = {_paths.layer_of(path) for path in _paths.leaf_paths(params)}
+        owners = [_paths.layer_of(path) for path in _paths_of(params)]
+        present = set(owners)
         missing = [layer for layer in self.paths if layer not in present]
         if missing:
             raise ValueError(
@@ -183,16 +183,19 @@ class _Layers:
                 f"{_checks.listed(missing)}. They have {_checks.listed(sorted(present))}. "
                 f"Select again with the gradient of these parameters."
             )
-        return _select_by_path(params, lambda path: _paths.layer_of(path) in self.paths)
+        return _tree_of(params, [owner in self.paths for owner in owners])
 
     def __repr__(self) -> str:
         return f"layers({', '.join(map(repr, self.paths))})"
 
 
-def _select_by_path(params: PyTree, selects: Callable[[str], bool]) -> PyTree:
+def _paths_of(params: PyTree) -> list[str]:
     _refuse_step_count(params)
-    chosen = [selects(path) for path in _paths.leaf_paths(params)]
-    return jax.tree.unflatten(jax.tree.structure(params), chosen)
+    return _paths.leaf_paths(params)
+
+
+def _tree_of(params: PyTree, selected: list[bool]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(params), selected)
 
 
 def _refuse_step_count(params: PyTree) -> None:

@@ -13,9 +13,9 @@ import gnp_optax as gnp
 from gnp_optax.experiments.config import Config, Method, regularization
 from gnp_optax.experiments.data import Data, Split
 from gnp_optax.experiments.model import ViT
+from gnp_optax.experiments.records import Metrics
 
 Params = Any
-Metrics = dict[str, Any]
 
 
 class State(NamedTuple):
@@ -62,6 +62,9 @@ class Trainer:
         )
         probe = slice(config.probe_examples)
         self.probe = Split(data.train.images[probe], data.train.labels[probe])
+        self._init = jax.jit(self._initial_state)
+        self._evaluate = jax.jit(self._metrics)
+        self._probe_gradient = jax.jit(jax.grad(self._probe_loss))
         self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def run(self, method: Method, seed: int) -> Iterator[Metrics]:
@@ -93,15 +96,11 @@ class Trainer:
             if not jnp.isfinite(train_loss):
                 raise FloatingPointError(f"{method}, seed {seed}: the loss is {train_loss}.")
 
-    @functools.cached_property
-    def _init(self) -> Callable[[jax.Array], State]:
-        def init(key: jax.Array) -> State:
-            init_key, key = jax.random.split(key)
-            images = self.data.normalize(self.data.train.images[:1])
-            params: Params = self.model.init(init_key, images)["params"]
-            return State(params, self.optimizer.init(params), jnp.zeros([], jnp.int32), key)
-
-        return jax.jit(init)
+    def _initial_state(self, key: jax.Array) -> State:
+        init_key, key = jax.random.split(key)
+        images = self.data.normalize(self.data.train.images[:1])
+        params: Params = self.model.init(init_key, images)["params"]
+        return State(params, self.optimizer.init(params), jnp.zeros([], jnp.int32), key)
 
     def _loss(self, params: Params, images: jax.Array, labels: jax.Array, key: Any) -> jax.Array:
         """Mean cross-entropy; with a key in training mode, without one in evaluation mode."""
@@ -110,6 +109,9 @@ class Trainer:
         train = key is not None
         logits: Any = self.model.apply({"params": params}, images, train=train, rngs=rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def _probe_loss(self, params: Params) -> jax.Array:
+        return self._loss(params, *self.probe, None)
 
     def _train_epoch(
         self, state: State, train: Split, scheduled: jax.Array | None, mask: Any
@@ -147,29 +149,17 @@ class Trainer:
     def _select(self, params: Params) -> Any:
         return gnp.masks.top_k_layers(self._probe_gradient(params), self.config.layers)
 
-    @functools.cached_property
-    def _probe_gradient(self) -> Callable[[Params], Params]:
-        return jax.jit(lambda params: jax.grad(self._loss)(params, *self.probe, None))
-
-    @functools.cached_property
-    def _evaluate(self) -> Callable[[Params], dict[str, jax.Array]]:
-        def evaluate(params: Params) -> dict[str, jax.Array]:
-            """Test error in percent, and on the probe `||g||` and `L(theta + r g/||g||) - L`."""
-
-            def loss(params: Params) -> jax.Array:
-                return self._loss(params, *self.probe, None)
-
-            value, grads = jax.value_and_grad(loss)(params)
-            ascent = gnp.sam(self.config.r)
-            seen: Any
-            _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
-            return {
-                "test_error": self._test_error(params),
-                "gradient_norm": seen.grad_norm,
-                "sharpness": seen.perturbed_loss - value,
-            }
-
-        return jax.jit(evaluate)
+    def _metrics(self, params: Params) -> dict[str, jax.Array]:
+        """Test error in percent, and on the probe `||g||` and `L(theta + r g/||g||) - L`."""
+        value, grads = jax.value_and_grad(self._probe_loss)(params)
+        ascent = gnp.sam(self.config.r)
+        seen: Any
+        _, seen = ascent.update(grads, ascent.init(params), params, value_fn=self._probe_loss)
+        return {
+            "test_error": self._test_error(params),
+            "gradient_norm": seen.grad_norm,
+            "sharpness": seen.perturbed_loss - value,
+        }
 
     def _test_error(self, params: Params) -> jax.Array:
         def is_wrong(example: tuple[jax.Array, jax.Array]) -> jax.Array:
