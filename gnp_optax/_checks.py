@@ -48,6 +48,15 @@ def check_scope(scope: str) -> None:
         )
 
 
+def check_curvature(curvature: str) -> None:
+    """Raise unless `curvature` is one of the two that exist."""
+    if curvature not in ("finite_difference", "exact"):
+        raise ValueError(
+            f"curvature must be 'finite_difference' (a second gradient, at the perturbed "
+            f"parameters) or 'exact' (a Hessian-vector product), got {curvature!r}."
+        )
+
+
 def check_direction(direction: Any) -> None:
     """Raise unless `direction` is a gradient transformation."""
     if not isinstance(direction, optax.GradientTransformation):

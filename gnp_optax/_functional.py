@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _perturbation
+from gnp_optax import _checks, _loss, _parts, _perturbation, _prefix
 from gnp_optax._selection import Mask
 
 PyTree = Any
+Arrays = list[Any]
 
 
 def value_and_grad(
@@ -21,6 +23,7 @@ def value_and_grad(
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: str = "all",
+    curvature: str = "finite_difference",
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Return a function for the value of `fun` and its regularized gradient.
@@ -45,6 +48,10 @@ def value_and_grad(
             callable from the parameters to one (see `gnp.masks`). The norm is over these leaves.
         scope: `"all"`: every leaf gets g_reg, the gradient of `L + lambda ||grad_S L||`, with S
             the leaves under the mask. `"masked"`: they get g_reg, the others keep g.
+        curvature: `"finite_difference"` takes g~ at the perturbed parameters. `"exact"` takes
+            `g + r H d` with the Hessian H of the loss: `g_reg = g + lambda H d`, in which r appears
+            only in `lambda = alpha * r`, and which low precision does not spoil. It costs more
+            than a second gradient, and the loss must be twice differentiable.
         has_aux: Whether `fun` returns `(loss, aux)`.
 
     Returns:
@@ -74,35 +81,50 @@ def value_and_grad(
                 f"it with your own: {name}=schedule(step)."
             )
         _checks.check_scalar(name, number)
-    ascent = _perturbation.resolve_direction(direction, mask, scope)
+    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature)
     with_aux = _loss.with_aux(fun, has_aux)
 
     @functools.wraps(fun)
     def value_and_grad_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        def loss(p: PyTree) -> tuple[jax.Array, Any]:
-            return with_aux(p, *args, **kwargs)
+        parts = _parts.Parts(mask, params)
+        perturbed, unperturbed = parts.divide(params)
 
-        def ascend(g: PyTree) -> tuple[PyTree, Any]:
+        def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
+            return with_aux(parts.unite(perturbed, unperturbed), *args, **kwargs)
+
+        def ascend(grads: Arrays) -> tuple[Arrays, Any]:
             state = ascent.init(params)
             if jax.tree.leaves(state):
                 raise ValueError(
                     "This direction has a state, and value_and_grad keeps none between steps. Use "
                     "the transformation: gnp.gradient_regularization(r, alpha, direction=...)."
                 )
-            return ascent.update(g, state, params)
+            filled = parts.unite(grads, [jnp.zeros_like(w) for w in unperturbed])
+            found, state = ascent.update(filled, state, params)
+            return parts.divide(found)[0], state
 
-        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        regularized, _, _ = _perturbation.regularize(
-            loss,
+        # Everything up to the boundary is computed once; the rest is a loss like any other.
+        prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
+        boundary, pullback, values = jax.vjp(prefix, unperturbed, has_aux=True)
+
+        def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
+            return suffix(perturbed, boundary, values)
+
+        (value, aux), grads = jax.value_and_grad(rest, argnums=(0, 1), has_aux=True)(
+            perturbed, boundary
+        )
+        (at_perturbed, at_boundary), _, _ = _perturbation.regularize(
+            rest,
+            (perturbed, boundary),
             grads,
-            params,
             ascend=ascend,
             observe=lambda seen: None,
             r=r,
             alpha=alpha,
-            mask=mask,
             scope=scope,
+            curvature=curvature,
         )
-        return ((value, aux) if has_aux else value), regularized
+        (at_unperturbed,) = pullback(at_boundary)
+        return ((value, aux) if has_aux else value), parts.unite(at_perturbed, at_unperturbed)
 
     return value_and_grad_fn

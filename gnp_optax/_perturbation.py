@@ -5,34 +5,45 @@ theta + eps, `g_reg = (1 - alpha) g + alpha g~` on the leaves that `scope` names
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gnp_optax import _checks, _loss, _numerics, _selection, directions
+from gnp_optax import _checks, _numerics, _selection, directions
 
-PyTree = Any
+Arrays = list[Any]
 Seen = TypeVar("Seen")
 
 
+class Loss(Protocol):
+    """A loss of what is perturbed and of what is not."""
+
+    def __call__(self, perturbed: Arrays, others: Arrays, /) -> tuple[jax.Array, Any]:
+        """Return the scalar loss and anything else."""
+
+
 class PerturbedPass(NamedTuple):
-    """The perturbed pass: the loss, and lists with one entry per leaf of the parameters."""
+    """The second pass. Lists hold the perturbed arrays, and gradients those of the others after."""
 
     value: jax.Array
-    params: list[Any]
-    perturbed: list[Any]
-    grads: list[Any]
-    tilde: list[jax.Array | None]  # g~, None on the leaves that do not receive it
+    params: Arrays
+    perturbed: Arrays
+    grads: Arrays
+    tilde: list[jax.Array | None]  # g~, None for the arrays that do not receive it
 
 
 def resolve_direction(
-    direction: optax.GradientTransformation | None, mask: _selection.Mask, scope: str
+    direction: optax.GradientTransformation | None,
+    mask: _selection.Mask,
+    scope: str,
+    curvature: str,
 ) -> optax.GradientTransformationExtraArgs:
     """Check the arguments that every public form shares, and fill in the default direction."""
     _checks.check_scope(scope)
+    _checks.check_curvature(curvature)
     _selection.check_mask(mask)
     direction = directions.normalized() if direction is None else direction
     _checks.check_direction(direction)
@@ -40,68 +51,76 @@ def resolve_direction(
 
 
 def regularize(
-    loss: _loss.Loss,
-    grads: PyTree,
-    params: PyTree,
+    loss: Loss,
+    point: tuple[Arrays, Arrays],
+    grads: tuple[Arrays, Arrays],
     *,
-    ascend: Callable[[PyTree], tuple[PyTree, Any]],
+    ascend: Callable[[Arrays], tuple[Arrays, Any]],
     observe: Callable[[PerturbedPass | None], Seen],
     r: jax.typing.ArrayLike,
     alpha: jax.typing.ArrayLike,
-    mask: _selection.Mask,
     scope: str,
-) -> tuple[PyTree, Any, Seen]:
-    """Return `g_reg` for the gradient `grads` of `loss` at `params`.
+    curvature: str,
+) -> tuple[tuple[Arrays, Arrays], Any, Seen]:
+    """Return `g_reg` for the gradient `grads` of `loss` at `point`.
 
     Where alpha is 0, `grads` come back as they are and `loss` is not evaluated: decided in Python
     for a number, by `lax.cond` for a traced alpha.
 
     Args:
-        loss: From the parameters to the scalar loss and anything else.
-        grads: Its gradient at `params`.
-        params: The parameters.
-        ascend: From the gradient, 0 on the unselected leaves, to the ascent direction and a state.
-        observe: What to keep of the perturbed pass; it is given None where there was none.
+        loss: The scalar loss and anything else, of the two lists of arrays in `point`.
+        point: The arrays to perturb, and the others.
+        grads: The gradient of the loss at `point`, in two lists of the same lengths.
+        ascend: From the gradient of the arrays to perturb to their direction of ascent and a state.
+        observe: What to keep of the second pass; it is given None where there was none.
         r: Radius of the perturbation.
         alpha: Weight of the perturbed gradient.
-        mask: Which leaves are perturbed.
-        scope: Which leaves receive the regularized gradient, `"all"` or `"masked"`.
+        scope: `"masked"` if only the arrays to perturb receive the regularized gradient.
+        curvature: `"exact"` if g~ is `g + r H d`, with d the direction and H the Hessian, instead
+            of the gradient at the perturbed point.
 
     Returns:
         `g_reg` in the structure and dtypes of `grads`, the state of `ascend`, and what `observe`
         kept.
     """
-    selected = _selection.selected_leaves(mask, params)
-    leaves, treedef = jax.tree.flatten(params)
-    grad_leaves = _leaves_like(treedef, grads)
-    receives = selected if scope == "masked" else [_numerics.is_inexact(leaf) for leaf in leaves]
+    perturbed, others = point
+    receives = [scope == "all" and _numerics.is_inexact(x) for x in others]
 
-    def ascent() -> tuple[PyTree, Any]:
-        kept = [
-            g if s else jnp.zeros(jnp.shape(w), _gradient_dtype(g, w))
-            for g, s, w in zip(grad_leaves, selected, leaves, strict=True)
-        ]
-        return ascend(jax.tree.unflatten(treedef, kept))
+    def gradient(perturbed: Arrays) -> tuple[jax.Array, Arrays]:
+        """Return the loss, and its gradient for the perturbed arrays and the receiving others."""
 
-    def skip() -> tuple[PyTree, Any, Seen]:
+        def at(perturbed: Arrays, received: Arrays) -> jax.Array:
+            given = iter(received)
+            value, _ = loss(
+                perturbed, [next(given) if x else o for o, x in zip(others, receives, strict=True)]
+            )
+            return value
+
+        received = [o for o, x in zip(others, receives, strict=True) if x]
+        value, (first, second) = jax.value_and_grad(at, argnums=(0, 1))(perturbed, received)
+        return value, [*first, *second]
+
+    def skip() -> tuple[tuple[Arrays, Arrays], Any, Seen]:
         # The state of a direction sees every gradient; of one without state, nothing remains.
-        _, state = ascent()
+        _, state = ascend(grads[0])
         return grads, state, observe(None)
 
-    def run() -> tuple[PyTree, Any, Seen]:
-        direction, state = ascent()
-        # Chosen in Python: an unselected leaf must stay the same array, for what is computed from
-        # it alone to be shared between the two passes.
-        perturbed = [
-            perturb(w, d, r) if s else w
-            for w, d, s in zip(leaves, _leaves_like(treedef, direction), selected, strict=True)
-        ]
-        value, tilde = _gradient(loss, perturbed, treedef, receives)
-        mixed = [
-            g if t is None else mix(g, t, alpha) for g, t in zip(grad_leaves, tilde, strict=True)
-        ]
-        seen = observe(PerturbedPass(value, leaves, perturbed, grad_leaves, tilde))
-        return jax.tree.unflatten(treedef, mixed), state, seen
+    def run() -> tuple[tuple[Arrays, Arrays], Any, Seen]:
+        direction, state = ascend(grads[0])
+        every = [*grads[0], *grads[1]]
+        at = [True] * len(perturbed) + receives
+        known = [g for g, x in zip(every, at, strict=True) if x]
+        if curvature == "exact":
+            moved = perturbed
+            value, found = _extrapolated(gradient, perturbed, direction, known, r)
+        else:
+            moved = [perturb(w, d, r) for w, d in zip(perturbed, direction, strict=True)]
+            value, found = gradient(moved)
+        left = iter(found)
+        tilde = [next(left) if x else None for x in at]
+        mixed = [g if t is None else mix(g, t, alpha) for g, t in zip(every, tilde, strict=True)]
+        seen = observe(PerturbedPass(value, perturbed, moved, every, tilde))
+        return (mixed[: len(perturbed)], mixed[len(perturbed) :]), state, seen
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
@@ -123,34 +142,15 @@ def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Arra
     return ((1 - a) * wide + a * tilde.astype(wide.dtype)).astype(jnp.result_type(g))
 
 
-def _gradient(
-    loss: _loss.Loss, leaves: list[Any], treedef: Any, receives: list[bool]
-) -> tuple[jax.Array, list[jax.Array | None]]:
-    """Return the loss, and its gradient where a leaf receives it, None elsewhere."""
-
-    def at(received: list[jax.Array]) -> jax.Array:
-        given = iter(received)
-        filled = [next(given) if x else w for w, x in zip(leaves, receives, strict=True)]
-        value, _ = loss(jax.tree.unflatten(treedef, filled))
-        return value
-
-    received = [w for w, x in zip(leaves, receives, strict=True) if x]
-    value, grads = jax.value_and_grad(at)(received)
-    found = iter(grads)
-    return value, [next(found) if x else None for x in receives]
-
-
-def _gradient_dtype(g: Any, w: Any) -> jnp.dtype:
-    # The gradient of an integer leaf is of type float0, or missing.
-    has_gradient = _numerics.is_inexact(w) and g is not None
-    return jnp.result_type(g) if has_gradient else jnp.result_type(w)
-
-
-def _leaves_like(treedef: Any, tree: PyTree) -> list[Any]:
-    try:
-        return list(treedef.flatten_up_to(tree))
-    except ValueError as error:
-        raise ValueError(
-            f"The gradient has another structure than the parameters. Gradient: "
-            f"{jax.tree.structure(tree)}. Parameters: {treedef}."
-        ) from error
+def _extrapolated(
+    gradient: Callable[[Arrays], tuple[jax.Array, Arrays]],
+    params: Arrays,
+    direction: Arrays,
+    grads: Arrays,
+    r: jax.typing.ArrayLike,
+) -> tuple[jax.Array, Arrays]:
+    """Return the loss, and `g + r H d` in float32 or wider."""
+    tangents = [jnp.asarray(d, jnp.result_type(w)) for d, w in zip(direction, params, strict=True)]
+    (value, _), (_, products) = jax.jvp(gradient, (params,), (tangents,))
+    # Not in the type of the gradient: for a small r the sum would round to g.
+    return value, [perturb(_numerics.widen(g), h, r) for g, h in zip(grads, products, strict=True)]

@@ -100,6 +100,7 @@ def layerwise_gradient_regularization(
     *,
     direction: optax.GradientTransformation | None = None,
     scope: str = "masked",
+    curvature: str = "finite_difference",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Penalize the norm of the gradient of a few layers only.
@@ -118,6 +119,7 @@ def layerwise_gradient_regularization(
         direction: As in `gradient_regularization`.
         scope: `"masked"`, the paper's rule; `"all"` gives every leaf the gradient of
             `L + lambda ||grad_S L||`.
+        curvature: As in `gradient_regularization`.
         has_aux: As in `gradient_regularization`.
 
     Returns:
@@ -145,5 +147,11 @@ def layerwise_gradient_regularization(
             "gnp.masks.top_k_layers(grads, k=4). For all layers: gnp.gradient_regularization."
         )
     return gradient_regularization(
-        r, alpha, direction=direction, mask=mask, scope=scope, has_aux=has_aux
+        r,
+        alpha,
+        direction=direction,
+        mask=mask,
+        scope=scope,
+        curvature=curvature,
+        has_aux=has_aux,
     )

@@ -27,9 +27,8 @@ def report(seen: PerturbedPass) -> Report:
     moved = [_numerics.widen(p) - _numerics.widen(w) for p, w in moves if p is not w]
     both = zip(seen.grads, seen.tilde, strict=True)
     pairs = [(g, t) for g, t in both if t is not None]
-    inexact = zip(seen.grads, seen.params, strict=True)
     measured = Report(
-        grad_norm=_numerics.norm([g for g, w in inexact if _numerics.is_inexact(w)]),
+        grad_norm=_numerics.norm([g for g in seen.grads if _is_gradient(g)]),
         perturbation_norm=_numerics.norm(moved),
         perturbed_loss=seen.value,
         cosine=_cosine(*zip(*pairs, strict=True)),
@@ -43,9 +42,14 @@ def not_run(grads: PyTree = ()) -> Report:
     Inside `shard_map` the branches of a `cond` must vary over the same mesh axes. So the NaNs are
     made from the gradient, by sums of zeros that XLA folds away.
     """
-    inexact = [g for g in jax.tree.leaves(grads) if _numerics.is_inexact(g)]
+    inexact = [g for g in jax.tree.leaves(grads) if _is_gradient(g)]
     zero = sum(jnp.sum(jnp.zeros_like(g, jnp.float32)) for g in inexact)
     return Report(*(jnp.asarray(zero + jnp.nan, jnp.float32) for _ in Report._fields))
+
+
+def _is_gradient(g: Any) -> bool:
+    # For an integer leaf it is missing, integer or of type float0.
+    return g is not None and _numerics.is_inexact(g)
 
 
 def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:

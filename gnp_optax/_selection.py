@@ -30,8 +30,8 @@ def check_mask(mask: Mask) -> None:
         _check_bools(mask)
 
 
-def selected_leaves(mask: Mask, params: PyTree) -> list[bool]:
-    """Return, for every leaf of `params`, whether it is perturbed.
+def selected_leaves(mask: Mask, params: PyTree) -> list[bool | np.ndarray]:
+    """Return, for every leaf of `params`, whether it is perturbed, or which of its layers are.
 
     Chosen in Python, never traced: an unselected leaf then stays the very same array, and only
     leaves that can be differentiated are selected.
@@ -39,24 +39,25 @@ def selected_leaves(mask: Mask, params: PyTree) -> list[bool]:
     _check_params(params)
     leaves, treedef = jax.tree.flatten(params)
     differentiable = [_numerics.is_inexact(leaf) for leaf in leaves]
+    selected: list[bool | np.ndarray]
     if mask is None:
-        selected = differentiable
+        selected = list(differentiable)
     else:
         prefix = mask(params) if _is_callable(mask) else mask
         _check_bools(prefix)
         try:
-            full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), prefix, params)
+            full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), prefix, params)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"The mask is no prefix of the parameters. Mask: {jax.tree.structure(prefix)}. "
                 f"Parameters: {treedef}. A callable mask such as gnp.masks.by_path('...') works "
                 f"for every structure."
             ) from error
-        flags = jax.tree.leaves(full)
-        selected = [m and d for m, d in zip(flags, differentiable, strict=True)]
+        flags = [_of_leaf(m, w) for m, w in zip(jax.tree.leaves(full), leaves, strict=True)]
+        selected = [m if d else False for m, d in zip(flags, differentiable, strict=True)]
     if not any(differentiable):
         raise ValueError("None of the parameters is floating point or complex.")
-    if not any(selected):
+    if not any(np.any(s) for s in selected):
         raise ValueError(
             f"The mask {mask!r} selects none of the parameters. Their paths are "
             f"{_checks.listed(_paths.leaf_paths(params))}."
@@ -83,12 +84,24 @@ def _is_callable(mask: Mask) -> bool:
     return len(leaves) > 0 and all(callable(leaf) for leaf in leaves)
 
 
+def _of_leaf(flag: Any, leaf: Any) -> bool | np.ndarray:
+    """Return the selection of one leaf: a bool, or one for each of the layers that it stacks."""
+    if np.ndim(flag) == 1 and np.shape(leaf)[:1] != np.shape(flag):
+        raise ValueError(
+            f"The mask selects among {len(flag)} stacked layers, but a leaf under it has the shape "
+            f"{np.shape(leaf)}. The layers must be stacked along the first axis."
+        )
+    return bool(np.all(flag)) if np.all(flag) or not np.any(flag) else np.asarray(flag)
+
+
 def _check_bools(prefix: PyTree) -> None:
     for leaf in jax.tree.leaves(prefix):
-        if not isinstance(leaf, (bool, np.bool_)):
+        is_bools = isinstance(leaf, np.ndarray) and leaf.dtype == bool and leaf.ndim <= 1
+        if not isinstance(leaf, (bool, np.bool_)) and not is_bools:
             kind = "is traced" if isinstance(leaf, jax.core.Tracer) else f"has the leaf {leaf!r}"
             raise TypeError(
                 f"A mask must be made of Python bools, but this one {kind}. Which leaves are "
                 f"perturbed has to be known when the step is compiled: pass the mask as a static "
-                f"argument (gnp.masks makes hashable ones) or close over it."
+                f"argument (gnp.masks makes hashable ones) or close over it. Of a leaf that stacks "
+                f"layers along its first axis, a NumPy array of bools selects some."
             )

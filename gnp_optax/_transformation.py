@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _perturbation, _report, _selection
+from gnp_optax import _checks, _loss, _numerics, _parts, _perturbation, _report, _selection
 from gnp_optax._selection import Mask
+
+Arrays = list[Any]
 
 
 class GradientRegularizationState(NamedTuple):
@@ -43,6 +45,7 @@ def gradient_regularization(
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: str = "all",
+    curvature: str = "finite_difference",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Penalize the norm of the gradient.
@@ -75,6 +78,10 @@ def gradient_regularization(
             callable from the parameters to one (see `gnp.masks`). The norm is over these leaves.
         scope: `"all"`: every leaf gets g_reg, the gradient of `L + lambda ||grad_S L||`, with S
             the leaves under the mask. `"masked"`: they get g_reg, the others keep g.
+        curvature: `"finite_difference"` takes g~ at the perturbed parameters. `"exact"` takes
+            `g + r H d` with the Hessian H of the loss: `g_reg = g + lambda H d`, in which r appears
+            only in `lambda = alpha * r`, and which low precision does not spoil. It costs more
+            than a second gradient, and the loss must be twice differentiable.
         has_aux: Whether `value_fn` returns `(loss, aux)`; aux is dropped.
 
     Returns:
@@ -103,7 +110,7 @@ def gradient_regularization(
     """
     _checks.check_scalar_or_schedule("r", r)
     _checks.check_scalar_or_schedule("alpha", alpha)
-    ascent = _perturbation.resolve_direction(direction, mask, scope)
+    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
         # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
@@ -131,19 +138,37 @@ def gradient_regularization(
                 f"The optimizer state has {type(state).__name__} where GradientRegularizationState "
                 f"should be. A checkpoint has to be restored into the structure of tx.init(params)."
             )
+        loss_fn = _loss.closure(value_fn, extra_args, has_aux)
+        parts = _parts.Parts(mask, params)
+        grads = parts.divide(updates)
+
+        def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
+            return loss_fn(parts.unite(perturbed, unperturbed))
+
+        point = parts.divide(params)
+        zeros = [_zero(g, w) for g, w in zip(grads[1], point[1], strict=True)]
+
+        def ascend(g: Arrays) -> tuple[Arrays, Any]:
+            found, direction_state = ascent.update(
+                parts.unite(g, zeros), state.direction_state, params, **extra_args
+            )
+            return parts.divide(found)[0], direction_state
+
         regularized, direction_state, report = _perturbation.regularize(
-            _loss.closure(value_fn, extra_args, has_aux),
-            updates,
-            params,
-            ascend=lambda g: ascent.update(g, state.direction_state, params, **extra_args),
+            loss,
+            point,
+            grads,
+            ascend=ascend,
             observe=lambda seen: _report.report(seen) if seen else _report.not_run(updates),
             r=_at_step("r", r, state.step),
             alpha=_at_step("alpha", alpha, state.step),
-            mask=mask,
             scope=scope,
+            curvature=curvature,
         )
         step = jnp.asarray(optax.safe_increment(state.step))
-        return regularized, GradientRegularizationState(step, direction_state, *report)
+        return parts.unite(*regularized), GradientRegularizationState(
+            step, direction_state, *report
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -154,3 +179,9 @@ def _at_step(name: str, value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
     scheduled = value(step)
     _checks.check_scalar(f"{name}(step)", scheduled)
     return scheduled
+
+
+def _zero(g: Any, w: Any) -> jax.Array:
+    # The gradient of an integer leaf is of type float0, or missing.
+    has_gradient = _numerics.is_inexact(w) and g is not None
+    return jnp.zeros(jnp.shape(w), jnp.result_type(g if has_gradient else w))

@@ -20,6 +20,7 @@ def value_and_grad(
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: str = "all",
+    curvature: str = "finite_difference",
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Callable[..., tuple[Any, Any]]:
@@ -39,6 +40,7 @@ def value_and_grad(
         mask: As in `gnp_optax.value_and_grad`. A prefix pytree must be an `nnx.State`; the masks of
             `gnp_optax.masks` fit as they are.
         scope: As in `gnp_optax.value_and_grad`.
+        curvature: As in `gnp_optax.value_and_grad`.
         has_aux: Whether `fun` returns `(loss, aux)`.
         wrt: Filter for the variables of `model` to differentiate; the one that the `nnx.Optimizer`
             was given.
@@ -73,7 +75,14 @@ def value_and_grad(
         return value, (aux, variables)
 
     core = _functional.value_and_grad(
-        pure, r, alpha, direction=direction, mask=mask, scope=scope, has_aux=True
+        pure,
+        r,
+        alpha,
+        direction=direction,
+        mask=mask,
+        scope=scope,
+        curvature=curvature,
+        has_aux=True,
     )
 
     @functools.wraps(fun)

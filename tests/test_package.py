@@ -26,10 +26,14 @@ LAYERS = [
     "_selection",
     "schedules",
     "directions",
-    "masks",
+    "_parts",
     "_perturbation",
     "_report",
+    "_jaxprs",
+    "_opening",
+    "_prefix",
     "_functional",
+    "masks",
     "_transformation",
     "_presets",
     "__init__",
@@ -105,7 +109,8 @@ import jax, optax
 before = set(sys.modules)
 import gnp_optax as gnp
 import jax.numpy as jnp
-new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+before, after = ({{name.partition(".")[0] for name in names}} for names in (before, sys.modules))
+new = after - before
 new -= set(sys.stdlib_module_names)
 assert new == {{"gnp_optax"}}, new
 value, grad = gnp.value_and_grad(lambda x: jnp.sum(x**2) / 2, 0.5, 0.2)(jnp.array([3.0, 4.0]))
@@ -124,14 +129,19 @@ else:
 
 PUBLIC = {
     "gradient_regularization": (
-        "(r, alpha, *, direction=None, mask=None, scope='all', has_aux=False)"
+        "(r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
+        "has_aux=False)"
     ),
     "sam": "(rho, *, direction=None, mask=None, scope='all', has_aux=False)",
     "asam": "(rho, eta=0.01, *, mask=None, scope='all', has_aux=False)",
     "layerwise_gradient_regularization": (
-        "(r, alpha, mask, *, direction=None, scope='masked', has_aux=False)"
+        "(r, alpha, mask, *, direction=None, scope='masked', curvature='finite_difference', "
+        "has_aux=False)"
     ),
-    "value_and_grad": ("(fun, r, alpha, *, direction=None, mask=None, scope='all', has_aux=False)"),
+    "value_and_grad": (
+        "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
+        "has_aux=False)"
+    ),
     "schedules.r_warmup": "(r, warmup_steps)",
     "schedules.lambda_warmup": "(alpha, warmup_steps)",
     "schedules.zero_warmup": "(alpha, warmup_steps)",
@@ -144,7 +154,8 @@ PUBLIC = {
     "masks.top_k_layers": "(grads, k)",
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
-        "(fun, r, alpha, *, direction=None, mask=None, scope='all', has_aux=False, wrt=Param)"
+        "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
+        "has_aux=False, wrt=Param)"
     ),
 }
 

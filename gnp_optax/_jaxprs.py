@@ -1,0 +1,186 @@
+"""What prefix sharing needs of JAX's intermediate representation, by its public interface."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+Var = Any  # `core.Var`, which is not generic enough for a type checker in every version
+Env = dict[Var, Any]
+
+JIT = frozenset({"jit", "pjit"})
+
+# An effect that names an axis only says which mapped axes a collective is over.
+_HARMLESS = frozenset({"NamedAxisEffect"})
+# These call the host. Any other kind (reading and writing a mutable array, say) is state.
+_CALLS = frozenset({"DebugEffect", "OrderedDebugEffect", "IOEffect", "OrderedIOEffect"})
+# Cheaper to compute again than to keep in memory, as long as the inputs are at hand: constants,
+# masks, one-hot labels, random bits.
+_CHEAP = frozenset(
+    [
+        "add",
+        "and",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "div",
+        "eq",
+        "erf_inv",
+        "exp",
+        "expand_dims",
+        "ge",
+        "gt",
+        "iota",
+        "le",
+        "log",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "not",
+        "or",
+        "random_bits",
+        "random_fold_in",
+        "random_seed",
+        "random_split",
+        "random_unwrap",
+        "random_wrap",
+        "reshape",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "slice",
+        "sqrt",
+        "squeeze",
+        "sub",
+        "threefry2x32",
+        "transpose",
+        "xor",
+    ]
+)
+
+_PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general"})
+
+
+def variables(atoms: Iterable[Any]) -> list[Var]:
+    """Leave out the literals."""
+    return [v for v in atoms if not isinstance(v, core.Literal)]
+
+
+def read(eqn: core.JaxprEqn) -> list[Var]:
+    """Return the variables that an equation reads."""
+    return variables(eqn.invars)
+
+
+def unique(variables: Iterable[Var]) -> list[Var]:
+    """Drop repetitions, keep the order."""
+    return list(dict.fromkeys(variables))
+
+
+def is_inexact(variable: Var) -> bool:
+    """Whether the variable is a floating-point or complex array."""
+    dtype = getattr(variable.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def effects(eqn: core.JaxprEqn) -> set[str]:
+    """Return the kinds of an equation's effects."""
+    return {type(effect).__name__ for effect in eqn.effects} - _HARMLESS
+
+
+def has_state(jaxpr: core.Jaxpr) -> bool:
+    """Whether running an equation once is another thing than running it twice."""
+    return any(not effects(eqn) <= _CALLS for eqn in jaxpr.eqns)
+
+
+def is_cheap(eqn: core.JaxprEqn) -> bool:
+    """Whether to compute the equation again rather than to keep its result."""
+    if eqn.primitive.name in JIT:
+        return all(map(is_cheap, eqn.params["jaxpr"].jaxpr.eqns))
+    return eqn.primitive.name in _CHEAP
+
+
+def inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
+    """Return the jaxprs of the functions that an equation calls."""
+    found: list[core.Jaxpr] = []
+    for param in eqn.params.values():
+        for x in param if isinstance(param, (tuple, list)) else (param,):
+            # Closed or not: newer versions of JAX make no difference.
+            inner = getattr(x, "jaxpr", x)
+            if isinstance(inner, core.Jaxpr):
+                found.append(inner)
+    return found
+
+
+def has_product(eqn: core.JaxprEqn) -> bool:
+    """Whether the equation computes a matrix product or a convolution."""
+    return eqn.primitive.name in _PRODUCTS or any(
+        has_product(e) for inner in inner_jaxprs(eqn) for e in inner.eqns
+    )
+
+
+def evaluate(jaxpr: core.Jaxpr, eqns: Sequence[core.JaxprEqn], env: Env) -> Env:
+    """Run some equations of a jaxpr; return their results."""
+    results = unique(v for eqn in eqns for v in eqn.outvars)
+    made = set(results)
+    given = unique(v for eqn in eqns for v in read(eqn) if v not in made)
+    names = jaxpr.debug_info._replace(
+        arg_names=("",) * len(given), result_paths=("",) * len(results)
+    )
+    part = jaxpr.replace(
+        constvars=(), invars=given, outvars=results, eqns=list(eqns), debug_info=names
+    )
+    values = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*(env[v] for v in given))
+    return dict(zip(results, values, strict=True))
+
+
+def partition(
+    jaxpr: core.Jaxpr, perturbed: Sequence[Var]
+) -> tuple[list[core.JaxprEqn], list[core.JaxprEqn], set[Var]]:
+    """Split the equations into those before the perturbation and those after it.
+
+    After it is what depends on a perturbed variable, and what is only needed there, cheap, and
+    depends on no other input. Equations whose results nobody needs are dropped. Effects keep their
+    order: behind one that depends on a perturbed variable, the others come after it, too.
+
+    Returns:
+        The equations before, the equations after, and the variables of the first part through
+        which a gradient can flow to the jaxpr's other inputs.
+    """
+    depends = set(perturbed)
+    flows = {v for v in jaxpr.invars if v not in depends and is_inexact(v)}
+    effects_depend = False
+    is_after: list[bool] = []
+    for eqn in jaxpr.eqns:
+        inputs = read(eqn)
+        has_effects = bool(effects(eqn))
+        is_after.append(not depends.isdisjoint(inputs) or (has_effects and effects_depend))
+        if is_after[-1]:
+            depends.update(eqn.outvars)
+            effects_depend |= has_effects
+        elif eqn.primitive.name != "stop_gradient" and not flows.isdisjoint(inputs):
+            flows.update(v for v in eqn.outvars if is_inexact(v))
+
+    needed = set(variables(jaxpr.outvars))
+    needed_before: set[Var] = set()
+    before: list[core.JaxprEqn] = []
+    after: list[core.JaxprEqn] = []
+    for eqn, late in zip(reversed(jaxpr.eqns), reversed(is_after), strict=True):
+        results = eqn.outvars
+        if needed.isdisjoint(results) and not effects(eqn):
+            continue
+        needed.update(read(eqn))
+        only_after = flows.isdisjoint(results) and needed_before.isdisjoint(results)
+        if late or (only_after and is_cheap(eqn)):
+            after.append(eqn)
+        else:
+            before.append(eqn)
+            needed_before.update(read(eqn))
+    return before[::-1], after[::-1], flows

@@ -1,0 +1,98 @@
+"""Prefix sharing: cut a loss where it first uses a perturbed leaf.
+
+What a loss computes without the perturbed leaves, the prefix, is the same at theta and at
+theta + eps. The rest, the suffix, is a loss of its own: of the perturbed leaves and of the
+boundary, the values that the prefix hands over. A gradient of the suffix with respect to both,
+pulled back once through the prefix, is a gradient of the whole.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+from gnp_optax import _jaxprs, _numerics, _opening
+from gnp_optax._perturbation import Loss
+
+Arrays = list[Any]
+
+
+class Cut(NamedTuple):
+    """A loss in two parts: `loss(p, u) == suffix(p, *prefix(u))`.
+
+    `prefix(unperturbed)` returns the boundary, through which the loss depends on the unperturbed
+    leaves, and a list of further values, which need no gradient: what comes from data or random
+    keys alone, integers, and what the loss only returns. `suffix(perturbed, boundary, values)`
+    returns the loss and aux.
+    """
+
+    prefix: Callable[[Arrays], tuple[Arrays, Arrays]]
+    suffix: Callable[[Arrays, Arrays, Arrays], tuple[jax.Array, Any]]
+
+
+def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
+    """Cut the loss for leaves such as these.
+
+    Cut by dependence, not by position: each equation that depends on a perturbed leaf belongs to
+    the suffix. Calls of jitted functions are opened; other equations with functions inside (a loop,
+    a branch, a custom derivative) are left whole. Where there is nothing to share, or the loss
+    can't be traced or has mutable state, the prefix is empty.
+    """
+    whole = Cut(lambda u: (u, []), lambda p, u, _: loss(p, u))
+    # To differentiate integers is an error, which JAX explains.
+    if not unperturbed or not all(map(_numerics.is_inexact, unperturbed)):
+        return whole
+    try:
+        traced = _trace(loss, perturbed, unperturbed)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError):
+        return whole  # outside `jit`, a loss may branch in Python on the value of a parameter
+    return whole if traced is None else traced
+
+
+def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
+    aux: Any = None
+    static: list[Any] = []
+
+    def flat(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Arrays]:
+        nonlocal aux, static
+        value, returned = loss(perturbed, unperturbed)
+        leaves, aux = jax.tree.flatten(returned)
+        # Aux may hold anything; what is no array of this trace is returned as it is.
+        static = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in leaves]
+        return value, [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+
+    closed = jax.make_jaxpr(flat)(perturbed, unperturbed)
+    depends = [True] * len(perturbed) + [False] * len(unperturbed)
+    program = _opening.opened(closed, [*perturbed, *unperturbed], depends)
+    jaxpr = program.jaxpr
+    if _jaxprs.has_state(jaxpr):
+        return None
+
+    perturbed_vars = jaxpr.invars[: len(perturbed)]
+    unperturbed_vars = jaxpr.invars[len(perturbed) :]
+    before, after, differentiable = _jaxprs.partition(jaxpr, perturbed_vars)
+    own = set(perturbed_vars).union(*(eqn.outvars for eqn in after))
+    # The loss itself is handed over if it ignores the perturbed leaves.
+    used = [*jaxpr.outvars[:1], *(v for eqn in after for v in eqn.invars)]
+    outside = _jaxprs.unique(v for v in _jaxprs.variables(used) if v not in own)
+    boundary = [v for v in outside if v in differentiable]
+    returned = [v for v in _jaxprs.variables(jaxpr.outvars) if v not in own]
+    values = _jaxprs.unique(v for v in [*outside, *returned] if v not in set(boundary))
+    known = dict(zip(jaxpr.constvars, program.consts, strict=True))
+
+    def prefix(unperturbed: Arrays) -> tuple[Arrays, Arrays]:
+        env = {**known, **dict(zip(unperturbed_vars, unperturbed, strict=True))}
+        env.update(_jaxprs.evaluate(jaxpr, before, env))
+        return [env[v] for v in boundary], [env[v] for v in values]
+
+    def suffix(perturbed: Arrays, at_boundary: Arrays, values_: Arrays) -> tuple[jax.Array, Any]:
+        given = [*perturbed, *at_boundary, *values_]
+        env = dict(zip([*perturbed_vars, *boundary, *values], given, strict=True))
+        env.update(_jaxprs.evaluate(jaxpr, after, env))
+        found = (v.val if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars)
+        value = next(found)
+        leaves = [next(found) if leaf is None else leaf[0] for leaf in static]
+        return value, jax.tree.unflatten(aux, leaves)
+
+    return Cut(prefix, suffix)
