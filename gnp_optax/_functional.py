@@ -110,20 +110,29 @@ def value_and_grad(
         def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
             return suffix(perturbed, boundary, values)
 
-        (value, aux), grads = jax.value_and_grad(rest, argnums=(0, 1), has_aux=True)(
-            perturbed, boundary
+        gradient = jax.value_and_grad(rest, argnums=(0, 1), has_aux=True)
+        if curvature == "exact":
+
+            def first_pass(perturbed: Arrays) -> tuple[Any, Any]:
+                found, grads = gradient(perturbed, boundary)
+                return grads, found
+
+            # Not `jvp` at the second pass, which would compute the gradient anew.
+            grads, linear, (value, aux) = jax.linearize(first_pass, perturbed, has_aux=True)
+
+            def product(direction: Arrays) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
+                first, second = linear(direction)
+                return value, (first, second if scope == "all" else [None] * len(second))
+
+            second_pass = _perturbation.extrapolation(product, grads, perturbed, r)
+        else:
+            (value, aux), grads = gradient(perturbed, boundary)
+            point = perturbed, boundary
+            second_pass = _perturbation.finite_difference(rest, point, r, scope)
+        regularized, _, _ = _perturbation.regularize(
+            grads, ascend=ascend, second_pass=second_pass, observe=lambda second: None, alpha=alpha
         )
-        (at_perturbed, at_boundary), _, _ = _perturbation.regularize(
-            rest,
-            (perturbed, boundary),
-            grads,
-            ascend=ascend,
-            observe=lambda seen: None,
-            r=r,
-            alpha=alpha,
-            scope=scope,
-            curvature=curvature,
-        )
+        at_perturbed, at_boundary = regularized
         (at_unperturbed,) = pullback(at_boundary)
         return ((value, aux) if has_aux else value), parts.unite(at_perturbed, at_unperturbed)
 

@@ -74,6 +74,8 @@ def _rewritten(eqn: core.JaxprEqn, given: list[_Value]) -> list[_Value] | None:
         return _two_checkpoints(eqn, given)
     if name == "scan":
         return _two_scans(eqn, given)
+    if name == "slice":
+        return _slice_of_first_layers(eqn, given[0])
     return None
 
 
@@ -110,9 +112,15 @@ def _layers(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, given: list[_Value]) -> tuple
     return first, rest
 
 
+def _slice_of_first_layers(eqn: core.JaxprEqn, stack: _Value) -> list[_Value] | None:
+    if stack.layers is None or eqn.params["limit_indices"][0] > len(stack.layers[0]):
+        return None
+    return [_Value(jax.lax.slice(stack.layers[0], **eqn.params), False)]
+
+
 def _two_scans(eqn: core.JaxprEqn, given: list[_Value]) -> list[_Value] | None:
     params = eqn.params
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = _scan_arity(eqn)
     consts, carry = given[:num_consts], given[num_consts : num_consts + num_carry]
     stacks = given[num_consts + num_carry :]
     starts = [x.layers[0].shape[0] for x in stacks if x.layers is not None]
@@ -135,6 +143,22 @@ def _two_scans(eqn: core.JaxprEqn, given: list[_Value]) -> list[_Value] | None:
     last, second = scan(middle, [x for _, x in cut], length=params["length"] - start)
     collected = [_Value(_joined([a, b]), True, (a, b)) for a, b in zip(first, second, strict=True)]
     return [*(_Value(x, True) for x in last), *collected]
+
+
+def _scan_arity(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """Return the number of constants and of carried values.
+
+    Told by the shapes, since versions of JAX differ in how they write it down: what is stacked
+    loses its first axis inside the loop.
+    """
+    body = eqn.params["jaxpr"]
+
+    def same(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    num_carry = same(eqn.outvars, body.jaxpr.outvars)
+    return same(eqn.invars, body.jaxpr.invars) - num_carry, num_carry
 
 
 def _cut_at(stack: _Value, start: int) -> tuple[Any, Any]:

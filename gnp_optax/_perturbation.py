@@ -15,6 +15,7 @@ import optax
 from gnp_optax import _checks, _numerics, _selection, directions
 
 Arrays = list[Any]
+Point = tuple[Arrays, Arrays]  # what is perturbed, and the rest
 Seen = TypeVar("Seen")
 
 
@@ -25,14 +26,12 @@ class Loss(Protocol):
         """Return the scalar loss and anything else."""
 
 
-class PerturbedPass(NamedTuple):
-    """The second pass. Lists hold the perturbed arrays, and gradients those of the others after."""
+class SecondPass(NamedTuple):
+    """The loss, the arrays to perturb as they were in it, and g~, None where it is not received."""
 
     value: jax.Array
-    params: Arrays
-    perturbed: Arrays
-    grads: Arrays
-    tilde: list[jax.Array | None]  # g~, None for the arrays that do not receive it
+    moved: Arrays
+    tilde: tuple[Arrays, Arrays]
 
 
 def resolve_direction(
@@ -51,54 +50,29 @@ def resolve_direction(
 
 
 def regularize(
-    loss: Loss,
-    point: tuple[Arrays, Arrays],
     grads: tuple[Arrays, Arrays],
     *,
     ascend: Callable[[Arrays], tuple[Arrays, Any]],
-    observe: Callable[[PerturbedPass | None], Seen],
-    r: jax.typing.ArrayLike,
+    second_pass: Callable[[Arrays], SecondPass],
+    observe: Callable[[SecondPass | None], Seen],
     alpha: jax.typing.ArrayLike,
-    scope: str,
-    curvature: str,
 ) -> tuple[tuple[Arrays, Arrays], Any, Seen]:
-    """Return `g_reg` for the gradient `grads` of `loss` at `point`.
+    """Return `g_reg` for the gradient `grads`, of what is perturbed and of the rest.
 
-    Where alpha is 0, `grads` come back as they are and `loss` is not evaluated: decided in Python
+    Where alpha is 0, `grads` come back as they are and there is no second pass: decided in Python
     for a number, by `lax.cond` for a traced alpha.
 
     Args:
-        loss: The scalar loss and anything else, of the two lists of arrays in `point`.
-        point: The arrays to perturb, and the others.
-        grads: The gradient of the loss at `point`, in two lists of the same lengths.
-        ascend: From the gradient of the arrays to perturb to their direction of ascent and a state.
+        grads: The gradient, in two lists.
+        ascend: From the gradient of what is perturbed to its direction of ascent and a state.
+        second_pass: From the direction to g~.
         observe: What to keep of the second pass; it is given None where there was none.
-        r: Radius of the perturbation.
         alpha: Weight of the perturbed gradient.
-        scope: `"masked"` if only the arrays to perturb receive the regularized gradient.
-        curvature: `"exact"` if g~ is `g + r H d`, with d the direction and H the Hessian, instead
-            of the gradient at the perturbed point.
 
     Returns:
         `g_reg` in the structure and dtypes of `grads`, the state of `ascend`, and what `observe`
         kept.
     """
-    perturbed, others = point
-    receives = [scope == "all" and _numerics.is_inexact(x) for x in others]
-
-    def gradient(perturbed: Arrays) -> tuple[jax.Array, Arrays]:
-        """Return the loss, and its gradient for the perturbed arrays and the receiving others."""
-
-        def at(perturbed: Arrays, received: Arrays) -> jax.Array:
-            given = iter(received)
-            value, _ = loss(
-                perturbed, [next(given) if x else o for o, x in zip(others, receives, strict=True)]
-            )
-            return value
-
-        received = [o for o, x in zip(others, receives, strict=True) if x]
-        value, (first, second) = jax.value_and_grad(at, argnums=(0, 1))(perturbed, received)
-        return value, [*first, *second]
 
     def skip() -> tuple[tuple[Arrays, Arrays], Any, Seen]:
         # The state of a direction sees every gradient; of one without state, nothing remains.
@@ -107,25 +81,89 @@ def regularize(
 
     def run() -> tuple[tuple[Arrays, Arrays], Any, Seen]:
         direction, state = ascend(grads[0])
-        every = [*grads[0], *grads[1]]
-        at = [True] * len(perturbed) + receives
-        known = [g for g, x in zip(every, at, strict=True) if x]
-        if curvature == "exact":
-            moved = perturbed
-            value, found = _extrapolated(gradient, perturbed, direction, known, r)
-        else:
-            moved = [perturb(w, d, r) for w, d in zip(perturbed, direction, strict=True)]
-            value, found = gradient(moved)
-        left = iter(found)
-        tilde = [next(left) if x else None for x in at]
-        mixed = [g if t is None else mix(g, t, alpha) for g, t in zip(every, tilde, strict=True)]
-        seen = observe(PerturbedPass(value, perturbed, moved, every, tilde))
-        return (mixed[: len(perturbed)], mixed[len(perturbed) :]), state, seen
+        second = second_pass(direction)
+        first, rest = (
+            [g if t is None else mix(g, t, alpha) for g, t in zip(*pair, strict=True)]
+            for pair in zip(grads, second.tilde, strict=True)
+        )
+        return (first, rest), state, observe(second)
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
     # In NumPy, since under `jit` a comparison of concrete JAX arrays is staged like any other.
     return skip() if np.asarray(alpha) == 0 else run()
+
+
+def finite_difference(
+    loss: Loss, point: Point, r: jax.typing.ArrayLike, scope: str
+) -> Callable[[Arrays], SecondPass]:
+    """Return the second pass that takes g~ at the perturbed parameters."""
+    perturbed, others = point
+
+    def second_pass(direction: Arrays) -> SecondPass:
+        moved = [perturb(w, d, r) for w, d in zip(perturbed, direction, strict=True)]
+        value, tilde = gradient(loss, (moved, others), scope)
+        return SecondPass(value, moved, tilde)
+
+    return second_pass
+
+
+def extrapolation(
+    product: Callable[[Arrays], tuple[jax.Array, tuple[Arrays, Arrays]]],
+    grads: tuple[Arrays, Arrays],
+    perturbed: Arrays,
+    r: jax.typing.ArrayLike,
+) -> Callable[[Arrays], SecondPass]:
+    """Return the second pass that takes `g~ = g + r H d`; `product(d)` is the loss and `H d`."""
+
+    def ahead(g: Any, change: jax.Array | None) -> jax.Array | None:
+        # In float32 or wider: in the type of the gradient, for a small r, the sum would be g.
+        return None if change is None else perturb(_numerics.widen(g), change, r)
+
+    def second_pass(direction: Arrays) -> SecondPass:
+        tangents = [
+            jnp.asarray(d, jnp.result_type(w)) for d, w in zip(direction, perturbed, strict=True)
+        ]
+        value, changes = product(tangents)
+        first, second = (
+            [ahead(g, h) for g, h in zip(*pair, strict=True)]
+            for pair in zip(grads, changes, strict=True)
+        )
+        return SecondPass(value, perturbed, (first, second))
+
+    return second_pass
+
+
+def hessian_product(
+    loss: Loss, point: Point, scope: str
+) -> Callable[[Arrays], tuple[jax.Array, tuple[Arrays, Arrays]]]:
+    """Return a function for the loss, and for the Hessian times a direction."""
+    perturbed, others = point
+
+    def product(direction: Arrays) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
+        def at(perturbed: Arrays) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
+            return gradient(loss, (perturbed, others), scope)
+
+        (value, _), (_, changes) = jax.jvp(at, (perturbed,), (direction,))
+        return value, changes
+
+    return product
+
+
+def gradient(loss: Loss, point: Point, scope: str) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
+    """Return the loss, and its gradient; None in the place of what does not receive g~."""
+    perturbed, others = point
+    receives = [scope == "all" and _numerics.is_inexact(x) for x in others]
+
+    def at(perturbed: Arrays, received: Arrays) -> jax.Array:
+        given = iter(received)
+        filled = [next(given) if x else o for o, x in zip(others, receives, strict=True)]
+        return loss(perturbed, filled)[0]
+
+    received = [o for o, x in zip(others, receives, strict=True) if x]
+    value, (first, second) = jax.value_and_grad(at, argnums=(0, 1))(perturbed, received)
+    found = iter(second)
+    return value, (first, [next(found) if x else None for x in receives])
 
 
 def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
@@ -140,17 +178,3 @@ def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Arra
     wide = _numerics.widen(g)
     a = jnp.asarray(alpha, _numerics.real(wide.dtype))
     return ((1 - a) * wide + a * tilde.astype(wide.dtype)).astype(jnp.result_type(g))
-
-
-def _extrapolated(
-    gradient: Callable[[Arrays], tuple[jax.Array, Arrays]],
-    params: Arrays,
-    direction: Arrays,
-    grads: Arrays,
-    r: jax.typing.ArrayLike,
-) -> tuple[jax.Array, Arrays]:
-    """Return the loss, and `g + r H d` in float32 or wider."""
-    tangents = [jnp.asarray(d, jnp.result_type(w)) for d, w in zip(direction, params, strict=True)]
-    (value, _), (_, products) = jax.jvp(gradient, (params,), (tangents,))
-    # Not in the type of the gradient: for a small r the sum would round to g.
-    return value, [perturb(_numerics.widen(g), h, r) for g, h in zip(grads, products, strict=True)]

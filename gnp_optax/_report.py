@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gnp_optax import _numerics
-from gnp_optax._perturbation import PerturbedPass
+from gnp_optax._perturbation import SecondPass
 
 PyTree = Any
+Arrays = list[Any]
 
 
 class Report(NamedTuple):
@@ -21,16 +22,17 @@ class Report(NamedTuple):
     cosine: jax.Array
 
 
-def report(seen: PerturbedPass) -> Report:
-    """Measure a perturbed pass."""
-    moves = zip(seen.perturbed, seen.params, strict=True)
-    moved = [_numerics.widen(p) - _numerics.widen(w) for p, w in moves if p is not w]
-    both = zip(seen.grads, seen.tilde, strict=True)
+def report(grads: tuple[Arrays, Arrays], perturbed: Arrays, second: SecondPass) -> Report:
+    """Measure a second pass, given the gradient and the arrays to perturb before it."""
+    moves = zip(second.moved, perturbed, strict=True)
+    moved = [_numerics.widen(m) - _numerics.widen(w) for m, w in moves if m is not w]
+    every = [*grads[0], *grads[1]]
+    both = zip(every, [*second.tilde[0], *second.tilde[1]], strict=True)
     pairs = [(g, t) for g, t in both if t is not None]
     measured = Report(
-        grad_norm=_numerics.norm([g for g in seen.grads if _is_gradient(g)]),
+        grad_norm=_numerics.norm([g for g in every if _is_gradient(g)]),
         perturbation_norm=_numerics.norm(moved),
-        perturbed_loss=seen.value,
+        perturbed_loss=second.value,
         cosine=_cosine(*zip(*pairs, strict=True)),
     )
     return Report(*(jnp.asarray(x, jnp.float32) for x in measured))

@@ -154,16 +154,22 @@ def gradient_regularization(
             )
             return parts.divide(found)[0], direction_state
 
+        radius = _at_step("r", r, state.step)
+        if curvature == "exact":
+            product = _perturbation.hessian_product(loss, point, scope)
+            second_pass = _perturbation.extrapolation(product, grads, point[0], radius)
+        else:
+            second_pass = _perturbation.finite_difference(loss, point, radius, scope)
+
+        def observe(second: _perturbation.SecondPass | None) -> _report.Report:
+            return _report.report(grads, point[0], second) if second else _report.not_run(updates)
+
         regularized, direction_state, report = _perturbation.regularize(
-            loss,
-            point,
             grads,
             ascend=ascend,
-            observe=lambda seen: _report.report(seen) if seen else _report.not_run(updates),
-            r=_at_step("r", r, state.step),
+            second_pass=second_pass,
+            observe=observe,
             alpha=_at_step("alpha", alpha, state.step),
-            scope=scope,
-            curvature=curvature,
         )
         step = jnp.asarray(optax.safe_increment(state.step))
         return parts.unite(*regularized), GradientRegularizationState(

@@ -33,6 +33,9 @@ LAYERS = [
     "_opening",
     "_prefix",
     "_functional",
+    "_flops",
+    "_masks",
+    "_ranking",
     "masks",
     "_transformation",
     "_presets",
@@ -151,7 +154,12 @@ PUBLIC = {
     "masks.by_path": "(regex)",
     "masks.layers": "(*paths)",
     "masks.matrices": "()",
-    "masks.top_k_layers": "(grads, k)",
+    "masks.stacked": "(regex, *, last)",
+    "masks.top_k_layers": "(grads, k, *, budget=None, cost=None)",
+    "masks.cost": (
+        "(fun, params, mask, *args, scope='all', curvature='finite_difference', has_aux=False, "
+        "**kwargs)"
+    ),
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
