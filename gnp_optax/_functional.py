@@ -124,11 +124,11 @@ def value_and_grad(
                 first, second = linear(direction)
                 return value, (first, second if scope == "all" else [None] * len(second))
 
-            second_pass = _perturbation.extrapolation(product, grads, perturbed, r)
+            second_pass = _perturbation.extrapolation(product, perturbed, grads, r, alpha)
         else:
             (value, aux), grads = gradient(perturbed, boundary)
             point = perturbed, boundary
-            second_pass = _perturbation.finite_difference(rest, point, r, scope)
+            second_pass = _perturbation.finite_difference(rest, point, grads, r, alpha, scope)
         regularized, _, _ = _perturbation.regularize(
             grads, ascend=ascend, second_pass=second_pass, observe=lambda second: None, alpha=alpha
         )

@@ -16,6 +16,7 @@ from gnp_optax import _checks, _numerics, _selection, directions
 
 Arrays = list[Any]
 Point = tuple[Arrays, Arrays]  # what is perturbed, and the rest
+Gradient = tuple[Arrays, Arrays]  # of the same
 Seen = TypeVar("Seen")
 
 
@@ -27,11 +28,12 @@ class Loss(Protocol):
 
 
 class SecondPass(NamedTuple):
-    """The loss, the arrays to perturb as they were in it, and g~, None where it is not received."""
+    """The loss, what is perturbed as it was there, g~ (None where it is not received) and g_reg."""
 
     value: jax.Array
     moved: Arrays
-    tilde: tuple[Arrays, Arrays]
+    tilde: Gradient
+    regularized: Gradient
 
 
 def resolve_direction(
@@ -50,13 +52,13 @@ def resolve_direction(
 
 
 def regularize(
-    grads: tuple[Arrays, Arrays],
+    grads: Gradient,
     *,
     ascend: Callable[[Arrays], tuple[Arrays, Any]],
     second_pass: Callable[[Arrays], SecondPass],
     observe: Callable[[SecondPass | None], Seen],
     alpha: jax.typing.ArrayLike,
-) -> tuple[tuple[Arrays, Arrays], Any, Seen]:
+) -> tuple[Gradient, Any, Seen]:
     """Return `g_reg` for the gradient `grads`, of what is perturbed and of the rest.
 
     Where alpha is 0, `grads` come back as they are and there is no second pass: decided in Python
@@ -65,7 +67,7 @@ def regularize(
     Args:
         grads: The gradient, in two lists.
         ascend: From the gradient of what is perturbed to its direction of ascent and a state.
-        second_pass: From the direction to g~.
+        second_pass: From the direction to g~ and g_reg.
         observe: What to keep of the second pass; it is given None where there was none.
         alpha: Weight of the perturbed gradient.
 
@@ -74,19 +76,15 @@ def regularize(
         kept.
     """
 
-    def skip() -> tuple[tuple[Arrays, Arrays], Any, Seen]:
+    def skip() -> tuple[Gradient, Any, Seen]:
         # The state of a direction sees every gradient; of one without state, nothing remains.
         _, state = ascend(grads[0])
         return grads, state, observe(None)
 
-    def run() -> tuple[tuple[Arrays, Arrays], Any, Seen]:
+    def run() -> tuple[Gradient, Any, Seen]:
         direction, state = ascend(grads[0])
         second = second_pass(direction)
-        first, rest = (
-            [g if t is None else mix(g, t, alpha) for g, t in zip(*pair, strict=True)]
-            for pair in zip(grads, second.tilde, strict=True)
-        )
-        return (first, rest), state, observe(second)
+        return second.regularized, state, observe(second)
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
@@ -95,7 +93,12 @@ def regularize(
 
 
 def finite_difference(
-    loss: Loss, point: Point, r: jax.typing.ArrayLike, scope: str
+    loss: Loss,
+    point: Point,
+    grads: Gradient,
+    r: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
+    scope: str,
 ) -> Callable[[Arrays], SecondPass]:
     """Return the second pass that takes g~ at the perturbed parameters."""
     perturbed, others = point
@@ -103,45 +106,66 @@ def finite_difference(
     def second_pass(direction: Arrays) -> SecondPass:
         moved = [perturb(w, d, r) for w, d in zip(perturbed, direction, strict=True)]
         value, tilde = gradient(loss, (moved, others), scope)
-        return SecondPass(value, moved, tilde)
+        mixed = _combined(lambda g, t: mix(g, t, alpha), grads, tilde)
+        return SecondPass(value, moved, tilde, _filled(mixed, grads))
 
     return second_pass
 
 
 def extrapolation(
-    product: Callable[[Arrays], tuple[jax.Array, tuple[Arrays, Arrays]]],
-    grads: tuple[Arrays, Arrays],
+    product: Callable[[Arrays], tuple[jax.Array, Gradient]],
     perturbed: Arrays,
+    grads: Gradient,
     r: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
 ) -> Callable[[Arrays], SecondPass]:
-    """Return the second pass that takes `g~ = g + r H d`; `product(d)` is the loss and `H d`."""
+    """Return the second pass that takes `g~ = g + r H d`; `product(d)` is the loss and `H d`.
 
-    def ahead(g: Any, change: jax.Array | None) -> jax.Array | None:
-        # In float32 or wider: in the type of the gradient, for a small r, the sum would be g.
-        return None if change is None else perturb(_numerics.widen(g), change, r)
+    Then `g_reg = g + alpha r H d`, and is computed so: mixing g and g~ would lose the difference
+    in rounding when r is small.
+    """
 
     def second_pass(direction: Arrays) -> SecondPass:
         tangents = [
             jnp.asarray(d, jnp.result_type(w)) for d, w in zip(direction, perturbed, strict=True)
         ]
-        value, changes = product(tangents)
-        first, second = (
-            [ahead(g, h) for g, h in zip(*pair, strict=True)]
-            for pair in zip(grads, changes, strict=True)
-        )
-        return SecondPass(value, perturbed, (first, second))
+        value, change = product(tangents)
+        # In float32 or wider: in the type of the gradient it would be g, for a small r.
+        tilde = _combined(lambda g, h: perturb(_numerics.widen(g), h, r), grads, change)
+        ahead = _combined(lambda g, h: perturb(g, h, alpha * r), grads, change)
+        return SecondPass(value, perturbed, tilde, _filled(ahead, grads))
 
     return second_pass
 
 
+def _combined(
+    combine: Callable[[Any, jax.Array], jax.Array], grads: Gradient, received: Gradient
+) -> Gradient:
+    """Combine two gradients, where the second is received and not None."""
+    first, second = (
+        [None if x is None else combine(g, x) for g, x in zip(*pair, strict=True)]
+        for pair in zip(grads, received, strict=True)
+    )
+    return first, second
+
+
+def _filled(regularized: Gradient, grads: Gradient) -> Gradient:
+    """Put the gradient where no regularized one is received."""
+    first, second = (
+        [g if x is None else x for x, g in zip(*pair, strict=True)]
+        for pair in zip(regularized, grads, strict=True)
+    )
+    return first, second
+
+
 def hessian_product(
     loss: Loss, point: Point, scope: str
-) -> Callable[[Arrays], tuple[jax.Array, tuple[Arrays, Arrays]]]:
+) -> Callable[[Arrays], tuple[jax.Array, Gradient]]:
     """Return a function for the loss, and for the Hessian times a direction."""
     perturbed, others = point
 
-    def product(direction: Arrays) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-        def at(perturbed: Arrays) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
+    def product(direction: Arrays) -> tuple[jax.Array, Gradient]:
+        def at(perturbed: Arrays) -> tuple[jax.Array, Gradient]:
             return gradient(loss, (perturbed, others), scope)
 
         (value, _), (_, changes) = jax.jvp(at, (perturbed,), (direction,))
@@ -150,7 +174,7 @@ def hessian_product(
     return product
 
 
-def gradient(loss: Loss, point: Point, scope: str) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
+def gradient(loss: Loss, point: Point, scope: str) -> tuple[jax.Array, Gradient]:
     """Return the loss, and its gradient; None in the place of what does not receive g~."""
     perturbed, others = point
     receives = [scope == "all" and _numerics.is_inexact(x) for x in others]
@@ -175,6 +199,8 @@ def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
 
 def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
     """Return `(1 - alpha) g + alpha g~`, computed in float32 or wider, in the type of `g`."""
+    if not isinstance(alpha, jax.core.Tracer) and np.asarray(alpha) == 1:
+        return tilde.astype(jnp.result_type(g))  # SAM: g need not be kept in memory
     wide = _numerics.widen(g)
     a = jnp.asarray(alpha, _numerics.real(wide.dtype))
     return ((1 - a) * wide + a * tilde.astype(wide.dtype)).astype(jnp.result_type(g))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from gnp_optax import _jaxprs, _numerics, _opening
@@ -37,7 +38,7 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     Cut by dependence, not by position: each equation that depends on a perturbed leaf belongs to
     the suffix. Calls of jitted functions are opened; other equations with functions inside (a loop,
     a branch, a custom derivative) are left whole. Where there is nothing to share, or the loss
-    can't be traced or has mutable state, the prefix is empty.
+    can't be traced before it is differentiated, or has mutable state, the prefix is empty.
     """
     whole = Cut(lambda u: (u, []), lambda p, u, _: loss(p, u))
     # To differentiate integers is an error, which JAX explains.
@@ -45,8 +46,10 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
         return whole
     try:
         traced = _trace(loss, perturbed, unperturbed)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError):
-        return whole  # outside `jit`, a loss may branch in Python on the value of a parameter
+    except Exception:
+        # Outside `jit`, a loss may use the value of an array in Python, and everywhere, a custom
+        # derivative may hold an array of the loss. An error of the loss itself is raised again.
+        return whole
     return whole if traced is None else traced
 
 
@@ -66,7 +69,7 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
     depends = [True] * len(perturbed) + [False] * len(unperturbed)
     program = _opening.opened(closed, [*perturbed, *unperturbed], depends)
     jaxpr = program.jaxpr
-    if _jaxprs.has_state(jaxpr):
+    if _jaxprs.has_state(jaxpr) or isinstance(jaxpr.outvars[0], core.Literal):
         return None
 
     perturbed_vars = jaxpr.invars[: len(perturbed)]
@@ -76,23 +79,64 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
     # The loss itself is handed over if it ignores the perturbed leaves.
     used = [*jaxpr.outvars[:1], *(v for eqn in after for v in eqn.invars)]
     outside = _jaxprs.unique(v for v in _jaxprs.variables(used) if v not in own)
-    boundary = [v for v in outside if v in differentiable]
     returned = [v for v in _jaxprs.variables(jaxpr.outvars) if v not in own]
-    values = _jaxprs.unique(v for v in [*outside, *returned] if v not in set(boundary))
-    known = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    consts = [jnp.asarray(c) for c in program.consts]
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
 
-    def prefix(unperturbed: Arrays) -> tuple[Arrays, Arrays]:
-        env = {**known, **dict(zip(unperturbed_vars, unperturbed, strict=True))}
-        env.update(_jaxprs.evaluate(jaxpr, before, env))
-        return [env[v] for v in boundary], [env[v] for v in values]
+    def handing_over(boundary: list[_jaxprs.Var]) -> Cut:
+        values = _jaxprs.unique(v for v in [*outside, *returned] if v not in set(boundary))
 
-    def suffix(perturbed: Arrays, at_boundary: Arrays, values_: Arrays) -> tuple[jax.Array, Any]:
-        given = [*perturbed, *at_boundary, *values_]
-        env = dict(zip([*perturbed_vars, *boundary, *values], given, strict=True))
-        env.update(_jaxprs.evaluate(jaxpr, after, env))
-        found = (v.val if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars)
-        value = next(found)
-        leaves = [next(found) if leaf is None else leaf[0] for leaf in static]
-        return value, jax.tree.unflatten(aux, leaves)
+        def prefix(unperturbed: Arrays) -> tuple[Arrays, Arrays]:
+            env = {**known, **dict(zip(unperturbed_vars, unperturbed, strict=True))}
+            env.update(_jaxprs.evaluate(jaxpr, before, env))
+            return [env[v] for v in boundary], [env[v] for v in values]
 
-    return Cut(prefix, suffix)
+        def suffix(perturbed: Arrays, given: Arrays, others: Arrays) -> tuple[jax.Array, Any]:
+            inputs = [*perturbed_vars, *boundary, *values]
+            env = dict(zip(inputs, [*perturbed, *given, *others], strict=True))
+            env.update(_jaxprs.evaluate(jaxpr, after, env))
+            found = (
+                jnp.asarray(v.val) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars
+            )
+            value = next(found)
+            leaves = [next(found) if leaf is None else leaf[0] for leaf in static]
+            return value, jax.tree.unflatten(aux, leaves)
+
+        return Cut(prefix, suffix)
+
+    boundary = [v for v in outside if v in differentiable]
+    reached = _reached(handing_over(boundary), perturbed, unperturbed, consts)
+    return handing_over([v for i, v in enumerate(boundary) if i in reached])
+
+
+def _reached(cut: Cut, perturbed: Arrays, unperturbed: Arrays, consts: Arrays) -> set[int]:
+    """Return which values of the boundary a gradient passes through.
+
+    JAX is asked, by a gradient that is traced only. To pull back a cotangent that JAX knows to be
+    zero would be wrong: it might meet an infinite derivative, or a loop that has none.
+    """
+    reached: set[int] = set()
+
+    def watched(i: int, x: jax.Array) -> jax.Array:
+        def forward(x: Any) -> tuple[jax.Array, None]:
+            return x.value, None
+
+        def backward(_: None, cotangent: Any) -> tuple[Any]:
+            if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+                return (None,)
+            reached.add(i)
+            return (cotangent,)
+
+        identity = jax.custom_vjp(lambda x: x)
+        identity.defvjp(forward, backward, symbolic_zeros=True)
+        return identity(x)
+
+    def loss(perturbed: Arrays, unperturbed: Arrays) -> jax.Array:
+        boundary, values = cut.prefix(unperturbed)
+        return cut.suffix(perturbed, [watched(i, x) for i, x in enumerate(boundary)], values)[0]
+
+    gradient = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(perturbed, unperturbed)
+    expected = set(map(id, consts))
+    if any(isinstance(c, jax.core.Tracer) and id(c) not in expected for c in gradient.consts):
+        raise ValueError("A custom derivative holds a value of the loss as it was traced.")
+    return reached

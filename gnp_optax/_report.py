@@ -29,11 +29,19 @@ def report(grads: tuple[Arrays, Arrays], perturbed: Arrays, second: SecondPass) 
     every = [*grads[0], *grads[1]]
     both = zip(every, [*second.tilde[0], *second.tilde[1]], strict=True)
     pairs = [(g, t) for g, t in both if t is not None]
+    first, tilde = zip(*pairs, strict=True)
+    gradient = [g for g in every if _is_gradient(g)]
+    grad_norm = _numerics.norm(gradient)
     measured = Report(
-        grad_norm=_numerics.norm([g for g in every if _is_gradient(g)]),
+        grad_norm=grad_norm,
         perturbation_norm=_numerics.norm(moved),
         perturbed_loss=second.value,
-        cosine=_cosine(*zip(*pairs, strict=True)),
+        cosine=_cosine(
+            first,
+            tilde,
+            grad_norm if len(first) == len(gradient) else _numerics.norm(first),
+            _numerics.norm(tilde),
+        ),
     )
     return Report(*(jnp.asarray(x, jnp.float32) for x in measured))
 
@@ -54,8 +62,13 @@ def _is_gradient(g: Any) -> bool:
     return g is not None and _numerics.is_inexact(g)
 
 
-def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
-    """Cosine of the angle between two gradients; 0 where one of them is 0.
+def _cosine(
+    first: Sequence[jax.Array],
+    second: Sequence[jax.Array],
+    first_norm: jax.Array,
+    second_norm: jax.Array,
+) -> jax.Array:
+    """Cosine of the angle between two gradients of known norms; 0 where one of them is 0.
 
     In float32 for norms from 1e-18 to 1e18: the leaves are not normalized before they are
     multiplied, since the copies would be kept in memory through the second pass.
@@ -66,4 +79,4 @@ def _cosine(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Arra
         for a, b in zip(first, second, strict=True)
     )
     total = jnp.asarray(sum(products))
-    return _numerics.divide(_numerics.divide(total, _numerics.norm(first)), _numerics.norm(second))
+    return _numerics.divide(_numerics.divide(total, first_norm), second_norm)

@@ -154,12 +154,12 @@ def gradient_regularization(
             )
             return parts.divide(found)[0], direction_state
 
-        radius = _at_step("r", r, state.step)
+        radius, weight = _at_step("r", r, state.step), _at_step("alpha", alpha, state.step)
         if curvature == "exact":
             product = _perturbation.hessian_product(loss, point, scope)
-            second_pass = _perturbation.extrapolation(product, grads, point[0], radius)
+            second_pass = _perturbation.extrapolation(product, point[0], grads, radius, weight)
         else:
-            second_pass = _perturbation.finite_difference(loss, point, radius, scope)
+            second_pass = _perturbation.finite_difference(loss, point, grads, radius, weight, scope)
 
         def observe(second: _perturbation.SecondPass | None) -> _report.Report:
             return _report.report(grads, point[0], second) if second else _report.not_run(updates)
@@ -169,7 +169,7 @@ def gradient_regularization(
             ascend=ascend,
             second_pass=second_pass,
             observe=observe,
-            alpha=_at_step("alpha", alpha, state.step),
+            alpha=weight,
         )
         step = jnp.asarray(optax.safe_increment(state.step))
         return parts.unite(*regularized), GradientRegularizationState(

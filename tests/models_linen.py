@@ -25,13 +25,14 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     classes: int = 3
     width: int = 8
+    last_stage: int = 2  # blocks in it
 
     def setup(self):
         self.stem = nn.Conv(self.width, (3, 3), use_bias=False)
         self.stem_norm = nn.BatchNorm()
         self.stages = [
             [ResidualBlock(self.width, 1), ResidualBlock(self.width, 1)],
-            [ResidualBlock(2 * self.width, 2), ResidualBlock(2 * self.width, 1)],
+            [ResidualBlock(2 * self.width, 2 if i == 0 else 1) for i in range(self.last_stage)],
         ]
         self.head = nn.Dense(self.classes)
 
@@ -77,13 +78,15 @@ class ViT(nn.Module):
     tokens: int = 4
     width: int = 8
     depth: int = 2
+    remat: bool = False
 
     def setup(self):
+        block = nn.remat(TransformerBlock, static_argnums=(2,)) if self.remat else TransformerBlock
         size = (self.patch, self.patch)
         self.patches = nn.Conv(self.width, size, strides=size, padding="VALID")
         shape = (1, self.tokens, self.width)
         self.positions = self.param("positions", nn.initializers.normal(0.02), shape)
-        self.blocks = [TransformerBlock(self.width) for _ in range(self.depth)]
+        self.blocks = [block(self.width) for _ in range(self.depth)]
         self.norm = nn.LayerNorm()
         self.head = nn.Dense(self.classes)
 
@@ -100,17 +103,20 @@ class LanguageModel(nn.Module):
     length: int = 6
     width: int = 8
     depth: int = 2
+    tied: bool = False
 
     def setup(self):
         self.tokens = nn.Embed(self.vocabulary, self.width)
         self.positions = nn.Embed(self.length, self.width)
         self.blocks = [TransformerBlock(self.width) for _ in range(self.depth)]
         self.norm = nn.LayerNorm()
-        self.head = nn.Dense(self.vocabulary, use_bias=False)
+        if not self.tied:
+            self.head = nn.Dense(self.vocabulary, use_bias=False)
 
     def __call__(self, tokens, train=False):
         x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         causal = nn.make_causal_mask(tokens)
         for block in self.blocks:
             x = block(x, train, causal)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return self.tokens.attend(x) if self.tied else self.head(x)

@@ -39,6 +39,68 @@ gr = functools.partial(gnp.gradient_regularization, 0.1, 0.5)
 inject = optax.inject_hyperparams(gnp.gradient_regularization)
 
 CASES = {
+    # Curvature, stacked layers, budgets.
+    "curvature": (lambda: gr(curvature="hessian"), ValueError, "'exact'"),
+    "curvature_core": (lambda: core(curvature=True), ValueError, "'finite_difference'"),
+    "stacked_too_many": (
+        lambda: core(mask=gnp.masks.stacked("head", last=3)),
+        ValueError,
+        "selects 3 stacked layers, but 'head' has the shape",
+    ),
+    "stacked_none": (lambda: gnp.masks.stacked("head", last=0), ValueError, "at least 1"),
+    "stacked_regex": (lambda: gnp.masks.stacked("(", last=1), ValueError, "regular expression"),
+    "rows_of_another_length": (
+        lambda: core(mask={"body": False, "head": np.array([True, False, True])}),
+        ValueError,
+        "among 3 stacked layers, but a leaf under it has the shape",
+    ),
+    "rows_of_integers": (
+        lambda: core(mask={"body": False, "head": np.array([1, 0])}),
+        TypeError,
+        "NumPy array of bools",
+    ),
+    "rows_traced": (
+        lambda: jax.jit(lambda rows: core(mask={"body": False, "head": rows}))(
+            np.array([True, False])
+        ),
+        TypeError,
+        "is traced",
+    ),
+    "budget_without_cost": (
+        lambda: gnp.masks.top_k_layers(PARAMS, 1, budget=1.2),
+        ValueError,
+        "cost=lambda mask: gnp.masks.cost",
+    ),
+    "cost_without_budget": (
+        lambda: gnp.masks.top_k_layers(PARAMS, 1, cost=lambda mask: 1.0),
+        ValueError,
+        "budget=1.2",
+    ),
+    "cost_no_function": (
+        lambda: gnp.masks.top_k_layers(PARAMS, 1, budget=1.2, cost=1.1),
+        TypeError,
+        "a function from a mask",
+    ),
+    "budget_of_one": (
+        lambda: gnp.masks.top_k_layers(PARAMS, 1, budget=1.0, cost=lambda mask: 1.0),
+        ValueError,
+        "more than 1",
+    ),
+    "budget_too_small": (
+        lambda: gnp.masks.top_k_layers(
+            {"a": {"w": jnp.ones(2)}, "b": {"w": jnp.ones(2)}},
+            1,
+            budget=1.1,
+            cost=lambda mask: 1.3 if "b" in mask.paths else 1.5,
+        ),
+        ValueError,
+        "The cheapest is 'b', which costs 1.300",
+    ),
+    "no_k_and_no_budget": (
+        lambda: gnp.masks.top_k_layers(PARAMS, None),
+        ValueError,
+        "needs a budget",
+    ),
     # Wrappers in the wrong place.
     "masked": (
         by_sam(lambda t: optax.masked(t, {"body": True, "head": False})),

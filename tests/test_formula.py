@@ -39,6 +39,67 @@ def test_quadratic_in_closed_form(r, alpha, mask, scope):
 
 
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scope", ["all", "masked"])
+@pytest.mark.parametrize(("r", "alpha"), [(0.1, 3.0), (1e-9, 3e8), (0, 0.5)])
+def test_exact_curvature_is_the_gradient_of_the_penalized_loss(mask, scope, r, alpha):
+    params, loss, x, y = mlp(dtype=jnp.float64)
+
+    def of_params(params):
+        return loss(params, x, y)
+
+    def norm_of_gradient(params):
+        grads = jax.grad(of_params)(params)
+        kept = [grads[name] for name in grads if mask is None or mask[name]]
+        return jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(kept)))
+
+    plain = jax.grad(of_params)(params)
+    exact = jax.grad(lambda p: of_params(p) + alpha * r * norm_of_gradient(p))(params)
+    if scope == "masked" and mask is not None:
+        exact = {name: (exact if mask[name] else plain)[name] for name in exact}
+    for got in both_forms(of_params, params, r, alpha, mask=mask, scope=scope, curvature="exact"):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_exact_curvature_reports_that_nothing_moved():
+    problem = Quadratic()
+    tx = gnp.gradient_regularization(0.1, 0.8, curvature="exact")
+    _, state = through_transformation(tx, problem.loss, problem.params)
+    g = problem.gradient(problem.vector)
+    tilde = g + 0.1 * problem.hessian @ g / np.linalg.norm(g)
+    assert state.perturbation_norm == 0
+    np.testing.assert_allclose(state.perturbed_loss, problem.loss(problem.params), rtol=1e-6)
+    cosine = g @ tilde / np.linalg.norm(g) / np.linalg.norm(tilde)
+    np.testing.assert_allclose(state.cosine, cosine, rtol=1e-6)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_exact_curvature_in_bfloat16_keeps_what_a_difference_loses(traced):
+    """At r = 1e-4 no bfloat16 weight of size 1 moves at all."""
+    problem = Quadratic()
+    params = jax.tree.map(lambda w: (1 + w / 8).astype(jnp.bfloat16), problem.params)
+
+    def loss(params):
+        return problem.loss(jax.tree.map(lambda w: w.astype(jnp.float32), params))
+
+    def correction(curvature):
+        def regularized(alpha):
+            tx = gnp.gradient_regularization(1e-4, lambda _: alpha, curvature=curvature)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), jax.grad(loss)(params))
+            updates, _ = tx.update(grads, tx.init(params), params, value_fn=loss)
+            return jax.tree.map(jnp.subtract, updates, grads)
+
+        run = jax.jit(regularized) if traced else regularized
+        return problem.flat(run(jnp.float32(5e3)))
+
+    w = problem.flat(params).astype(np.float64)
+    g = problem.gradient(w)
+    exact = 0.5 * problem.hessian @ g / np.linalg.norm(g)
+    assert np.linalg.norm(correction("exact") - exact) < 0.02 * np.linalg.norm(exact)
+    assert np.linalg.norm(correction("finite_difference") - exact) > 0.5 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("mask", MASKS)
 def test_converges_to_the_exact_penalty_at_first_order_in_r(mask):
     params, loss, x, y = mlp(dtype=jnp.float64)
     lam = 0.3

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import mlp
+from problems import mlp, through_transformation
 
+import gnp_optax as gnp
 from gnp_optax import masks
 
 PARAMS = {
@@ -133,3 +134,144 @@ def test_by_path_fits_an_nnx_state():
     mask = masks.by_path("kernel")(state)
     assert jax.tree.structure(mask) == jax.tree.structure(state)
     assert jax.tree.leaves(mask) == [np.shape(leaf) == (2, 3) for leaf in jax.tree.leaves(state)]
+
+
+STACK = {"blocks": {"kernel": jnp.zeros((3, 2, 2)), "bias": jnp.zeros((3, 2))}, "head": jnp.ones(2)}
+
+
+def test_stacked_selects_the_last_layers():
+    found = masks.stacked("^blocks/", last=2)(STACK)
+    for leaf in found["blocks"].values():
+        np.testing.assert_array_equal(leaf, [False, True, True])
+    assert found["head"] is False
+
+
+def test_union_selects_what_either_selects():
+    found = (masks.stacked("kernel", last=1) | masks.by_path("bias|head"))(STACK)
+    np.testing.assert_array_equal(found["blocks"]["kernel"], [False, False, True])
+    assert found["blocks"]["bias"] is True
+    assert found["head"] is True
+
+
+def test_union_is_a_value_in_whatever_order():
+    a, b, c = masks.by_path("a"), masks.layers("b"), masks.stacked("c", last=2)
+    assert (a | b) | c == c | (b | a)
+    assert hash((a | b) | c) == hash(c | (b | a))
+    assert repr(c | a) == "by_path('a') | stacked('c', last=2)"
+    with pytest.raises(TypeError):
+        a | {"a": True}
+
+
+@pytest.mark.parametrize(
+    ("rows", "scope"), [([0, 0, 1], "all"), ([0, 1, 1], "masked"), ([1, 0, 1], "all")]
+)
+@pytest.mark.usefixtures("x64")
+def test_layers_of_a_stack_as_leaves_of_their_own(rows, scope):
+    """The same as masking the leaves of a list of layers."""
+    rng = np.random.default_rng(0)
+    kernels = rng.normal(size=(3, 4, 4)) / 2
+    x = rng.normal(size=(5, 4))
+
+    def of_list(params):
+        h = x
+        for kernel in params:
+            h = jnp.tanh(h @ kernel)
+        return jnp.mean(h**2)
+
+    def of_stack(params):
+        return jnp.mean(jax.lax.scan(lambda h, k: (jnp.tanh(h @ k), None), x, params)[0] ** 2)
+
+    def both(form, loss, params, mask):
+        if form == "core":
+            return gnp.value_and_grad(loss, 0.1, 0.8, mask=mask, scope=scope)(params)[1]
+        tx = gnp.gradient_regularization(0.1, 0.8, mask=mask, scope=scope)
+        return through_transformation(tx, loss, params)[0]
+
+    chosen = [bool(row) for row in rows]
+    for form in ("core", "transformation"):
+        expected = jnp.stack(both(form, of_list, list(map(jnp.asarray, kernels)), chosen))
+        found = both(form, of_stack, jnp.asarray(kernels), np.array(chosen))
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def deep(width=64):
+    """Eight layers of the same cost: (params, loss of (params, x), x)."""
+    params = {f"layer_{i}": {"kernel": jnp.eye(width)} for i in range(8)}
+
+    def loss(params, x):
+        for layer in params.values():
+            x = jnp.tanh(x @ layer["kernel"])
+        return jnp.sum(x)
+
+    return params, loss, jnp.ones((512, width))
+
+
+@pytest.mark.parametrize("earliest", [0, 3, 6])
+@pytest.mark.parametrize("scope", ["all", "masked"])
+def test_cost_is_that_of_what_follows_the_earliest_layer(earliest, scope):
+    params, loss, x = deep()
+    mask = masks.layers(f"layer_{earliest}", "layer_7")
+    after = 8 - earliest  # each a third forward, a third backward, a third for its kernel
+    thirds = 3 * after if scope == "all" else after + (after - 1) + 2
+    exact = 1 + thirds / 24
+    assert abs(masks.cost(loss, params, mask, x, scope=scope) - exact) < 0.05
+    compiled = [
+        jax.jit(f).lower(params, x).compile().cost_analysis()["flops"]
+        for f in (
+            gnp.value_and_grad(loss, 0.1, 0.5, mask=mask, scope=scope),
+            jax.value_and_grad(loss),
+        )
+    ]
+    assert abs(masks.cost(loss, params, mask, x, scope=scope) - compiled[0] / compiled[1]) < 0.03
+
+
+def test_cost_needs_shapes_alone():
+    params, loss, x = deep()
+    mask = masks.layers("layer_7")
+    shapes = jax.eval_shape(lambda: (params, x))
+    assert masks.cost(loss, shapes[0], mask, shapes[1]) == masks.cost(loss, params, mask, x)
+
+
+def test_cost_counts_a_loop_as_often_as_it_runs():
+    def loss(params, x):
+        def body(h, kernel):
+            return jnp.tanh(h @ kernel), None
+
+        h, _ = jax.lax.scan(body, x, params["stack"])
+        return jnp.sum(h @ params["head"])
+
+    params = {"stack": jnp.zeros((15, 64, 64)), "head": jnp.zeros((64, 64))}
+    x = jnp.zeros((512, 64))
+    assert abs(masks.cost(loss, params, masks.by_path("head"), x) - (1 + 1 / 16)) < 0.02
+
+
+def test_budget_takes_the_largest_gradients_that_fit():
+    norms = {"a": 5.0, "b": 4.0, "c": 3.0, "d": 2.0}
+    grads = {name: {"w": jnp.array([norm])} for name, norm in norms.items()}
+    prices = {"a": 0.5, "b": 0.1, "c": 0.3, "d": 0.05}
+    asked = []
+
+    def price(mask):
+        asked.append(mask)
+        return 1 + sum(prices[name] for name in mask.paths)
+
+    def select(k, budget):
+        return masks.top_k_layers(grads, k, budget=budget, cost=price)
+
+    assert select(None, 1.2) == masks.layers("b", "d")
+    assert select(1, 1.2) == masks.layers("b")
+    assert select(None, 2.0) == masks.layers("a", "b", "c", "d")
+    assert select(None, 1.05) == masks.layers("d")
+    assert all(isinstance(hash(mask), int) for mask in asked)
+
+
+def test_budget_of_a_real_model():
+    params, loss, x = deep()
+    grads = jax.grad(loss)(params, x)
+
+    def price(mask):
+        return masks.cost(loss, params, mask, x)
+
+    mask = masks.top_k_layers(grads, None, budget=1.3, cost=price)
+    assert mask == masks.layers("layer_6", "layer_7")
+    assert price(mask) <= 1.3
