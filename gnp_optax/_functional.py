@@ -36,6 +36,14 @@ def value_and_grad(
     included. Any optimizer, `TrainState` or Optax wrapper then works unmodified, since the gradient
     is regularized before it gets there. Where alpha is 0 there is no second pass.
 
+    With a mask, what `fun` computes before it first uses a perturbed leaf is computed, and
+    differentiated, once for both passes. That costs `1 + q` ordinary gradients, with q the share of
+    what comes after; `gnp.masks.cost` tells it beforehand. The cut goes through calls of jitted
+    functions, through `jax.checkpoint`, and between the layers of a `lax.scan` over stacked
+    parameters (see `gnp.masks.stacked`); any other loop, branch or function with a custom
+    derivative is on one side as a whole. Effects such as `jax.debug.print` happen once before the
+    cut and in each pass after it.
+
     Args:
         fun: Loss `fun(params, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
         r: Radius of the perturbation, in the units of the parameters: a number or a traced scalar.
@@ -50,8 +58,8 @@ def value_and_grad(
             the leaves under the mask. `"masked"`: they get g_reg, the others keep g.
         curvature: `"finite_difference"` takes g~ at the perturbed parameters. `"exact"` takes
             `g + r H d` with the Hessian H of the loss: `g_reg = g + lambda H d`, in which r appears
-            only in `lambda = alpha * r`, and which low precision does not spoil. It costs more
-            than a second gradient, and the loss must be twice differentiable.
+            only in `lambda = alpha * r`, and which low precision does not spoil. It costs about
+            `1 + 2 q` gradients, and more memory; the loss must be twice differentiable.
         has_aux: Whether `fun` returns `(loss, aux)`.
 
     Returns:

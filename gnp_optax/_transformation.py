@@ -63,7 +63,9 @@ def gradient_regularization(
 
     The incoming updates are taken as g, whatever was done to them (a mean over devices, say).
     Keyword arguments of `update` that `value_fn` names are forwarded to it; others are ignored.
-    A step at which alpha is 0 evaluates no second gradient. Call `update` inside the jitted step,
+    A step at which alpha is 0 evaluates no second gradient. With a mask, the second gradient can
+    share with the first only what XLA finds to be the same; `gnp.value_and_grad`, which computes
+    both, is cheaper. Call `update` inside the jitted step,
     where a closure over the batch is traced with it. To accumulate gradients put `optax.MultiSteps`
     after the transformation, never around it: around it, the perturbed gradient would be that of
     the last micro-batch alone.
@@ -80,8 +82,8 @@ def gradient_regularization(
             the leaves under the mask. `"masked"`: they get g_reg, the others keep g.
         curvature: `"finite_difference"` takes g~ at the perturbed parameters. `"exact"` takes
             `g + r H d` with the Hessian H of the loss: `g_reg = g + lambda H d`, in which r appears
-            only in `lambda = alpha * r`, and which low precision does not spoil. It costs more
-            than a second gradient, and the loss must be twice differentiable.
+            only in `lambda = alpha * r`, and which low precision does not spoil. It costs three
+            to four gradients, and more memory; the loss must be twice differentiable.
         has_aux: Whether `value_fn` returns `(loss, aux)`; aux is dropped.
 
     Returns:

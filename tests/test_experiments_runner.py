@@ -13,6 +13,7 @@ import optax
 import pytest
 from PIL import Image
 
+import gnp_optax as gnp
 from gnp_optax.experiments import __main__, data, report
 from gnp_optax.experiments.__main__ import compare, parse
 from gnp_optax.experiments.config import DEFAULTS, Config, Method, regularization
@@ -140,7 +141,8 @@ def test_a_patch_that_does_not_divide_the_image_is_refused(small, patch_size):
 
 @pytest.mark.parametrize("name", sorted(TINY.recipe))
 def test_an_option_that_changes_runs_changes_the_folder(name):
-    value = "cifar10" if name == "dataset" else 0.5 if name == "dropout" else TINY.recipe[name] * 2
+    special = {"dataset": "cifar10", "dropout": 0.5, "budget": 1.2}
+    value = special.get(name) or TINY.recipe[name] * 2
     changed = dataclasses.replace(TINY, **{"epochs": 8, name: value})
     assert changed.folder != dataclasses.replace(TINY, epochs=8).folder
 
@@ -303,12 +305,51 @@ def test_the_figure_is_an_image(finished):
         assert image.height > 500
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "layerwise"])
 def test_gradients_per_step_counts_the_steps_with_a_weight(finished, method):
     epochs = [e for e in lines(finished[0])[1:] if (e["method"], e["seed"]) == (method, 0)]
     _, alpha = formulas(method, TINY, 2 * STEPS_PER_EPOCH, STEPS_PER_EPOCH)
     expected = 1 + (alpha.reshape(2, -1) != 0).mean(1)
     assert [e["gradients_per_step"] for e in epochs] == list(expected)
+
+
+def test_gradients_per_step_of_layerwise_is_what_its_layers_cost(finished, trainer):
+    for epoch in lines(finished[0])[1:]:
+        if epoch["method"] == "layerwise":
+            mask = gnp.masks.layers(*epoch["perturbed_layers"])
+            assert epoch["gradients_per_step"] == pytest.approx(trainer._cost_of(mask))
+            assert 1 < epoch["gradients_per_step"] < 2
+
+
+def test_the_selections_are_counted(finished):
+    runs = {
+        ("layerwise", seed): [
+            e for e in lines(finished[0])[1:] if (e["method"], e["seed"]) == ("layerwise", seed)
+        ]
+        for seed in range(TINY.seeds)
+    }
+    chosen = {tuple(epoch["perturbed_layers"]) for run in runs.values() for epoch in run}
+    assert f"used {len(chosen)} selections of layers" in report.selections(runs)
+    assert report.selections({("gr", 0): [{"perturbed_layers": None}]}) == ""
+
+
+def test_a_budget_bounds_the_cost_of_layerwise(small):
+    trainer = Trainer(dataclasses.replace(TINY, budget=1.1, layers=5), small)
+    for epoch in trainer.run("layerwise", 0):
+        assert epoch["gradients_per_step"] <= 1.1
+
+
+def test_no_more_selections_than_asked_for(small, monkeypatch):
+    """Each epoch another selection is the best, and yet one is compiled."""
+    names = iter([])
+    monkeypatch.setattr(gnp.masks, "top_k_layers", lambda *_, **__: gnp.masks.layers(next(names)))
+    for allowed in (1, 2):
+        names = iter(["head", "norm", "patches"])
+        trainer = Trainer(dataclasses.replace(TINY, selections=allowed, epochs=3), small)
+        chosen = [epoch["perturbed_layers"] for epoch in trainer.run("layerwise", 0)]
+        expected = [["head"]] * 3 if allowed == 1 else [["head"], ["norm"], ["norm"]]
+        assert chosen == expected
+        assert len(trainer._compiled) == allowed
 
 
 @pytest.fixture

@@ -114,3 +114,34 @@ def test_perturbation_per_device_inside_shard_map():
             check(jax.jit(mapped)(params, x, y, jnp.zeros([], jnp.int32)), expected)
         """
     )
+
+
+@pytest.mark.parametrize("scope", ["all", "masked"])
+def test_prefix_sharing_with_a_sharded_batch(scope):
+    """The same numbers as on one device, `1 + q` of the operations, no gathered activation."""
+    run_on_eight_devices(
+        f"""
+        keys = jax.random.split(jax.random.key(0), 7)
+        deep = {{f"layer_{{i}}": jax.random.normal(k, (64, 64)) / 8 for i, k in enumerate(keys)}}
+        batch = jax.random.normal(jax.random.key(9), (2048, 64))
+
+        def deep_loss(params, x):
+            for kernel in params.values():
+                x = x - x.mean(axis=0)  # over the devices, as in BatchNorm
+                x = x + jnp.tanh(x @ kernel)
+            return jnp.mean(x**2)
+
+        mask = gnp.masks.by_path("layer_6")
+        shared = gnp.value_and_grad(deep_loss, 0.1, 0.8, mask=mask, scope="{scope}")
+        plain = jax.value_and_grad(deep_loss)
+        expected = jax.jit(shared)(deep, batch)
+        placed = put(deep, P()), put(batch, P("data"))
+        compiled = {{name: jax.jit(f).lower(*placed).compile()
+                    for name, f in dict(shared=shared, plain=plain).items()}}
+        check(compiled["shared"](*placed), expected)
+        flops = {{name: c.cost_analysis()["flops"] for name, c in compiled.items()}}
+        assert flops["shared"] <= (1 + 1 / 7 + 0.02) * flops["plain"], flops
+        for c in compiled.values():
+            assert "all-gather" not in c.as_text()
+        """
+    )

@@ -1,4 +1,5 @@
 """A comparison of plain training, gradient regularization, SAM and layer-wise regularization.
 
-Run it with `python -m gnp_optax.experiments`; `--help` explains every option.
+Run it with `python -m gnp_optax.experiments`; `--help` explains every option. What each method
+costs is measured by `python -m gnp_optax.experiments cost`.
 """

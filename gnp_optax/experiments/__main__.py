@@ -1,4 +1,7 @@
-"""`python -m gnp_optax.experiments`: train, print the table, write the results."""
+"""`python -m gnp_optax.experiments`: train, print the table, write the results.
+
+With the subcommand `cost`: measure costs instead.
+"""
 
 import argparse
 import sys
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 import tqdm
 import tyro
 
-from gnp_optax.experiments import data, report
+from gnp_optax.experiments import cost, data, report
 from gnp_optax.experiments.config import DEFAULTS, Config
 from gnp_optax.experiments.records import Records
 from gnp_optax.experiments.training import Trainer
@@ -44,6 +47,8 @@ def compare(config: Config) -> str:
                     bar.update()
                 records.append((method, seed), epochs)
     runs = {run: records.runs[run] for run in wanted}
+    if note := report.selections(runs):
+        print(note)
     table = report.table(runs)
     (config.folder / "table.md").write_text(table)
     band = f"{config.seeds} seeds (band: smallest to largest)" if config.seeds > 1 else "1 seed"
@@ -53,7 +58,10 @@ def compare(config: Config) -> str:
 
 
 def main() -> None:
-    """Read the options and run the comparison."""
+    """Read the options and run the comparison, or the subcommand."""
+    if sys.argv[1:2] == ["cost"]:
+        cost.main(sys.argv[2:])
+        return
     start = time.perf_counter()
     try:
         config = parse(sys.argv[1:])

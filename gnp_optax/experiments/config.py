@@ -25,6 +25,9 @@ class Config:
 
     Prints a table, and writes it, a figure and every metric of every epoch under --out. A run that
     has finished is never repeated: after an interruption, start the same command again.
+
+    Another command measures what each method costs, in FLOPs, time and memory, on larger models:
+    `python -m gnp_optax.experiments cost`; add --help for its options.
     """
 
     dataset: Dataset = "digits"
@@ -59,6 +62,12 @@ class Config:
     """Weight of the perturbed gradient in GR, lambda / r. That of SAM is 1."""
     layers: int = 4
     """Layers that layer-wise GR penalizes: those of largest gradient norm, selected every epoch."""
+    budget: float | None = None
+    """Largest cost of a step of layer-wise GR in ordinary gradients, such as 1.2: of the layers of
+    largest gradient norm, those are taken that fit, --layers of them at most."""
+    selections: int = 8
+    """Largest number of selections in a run of layer-wise GR, since each is compiled. When it is
+    reached, a selection that is new is not taken, and the one before stays."""
 
     patch_size: int = 2
     """Side of a patch in pixels."""
@@ -80,6 +89,7 @@ class Config:
             "epochs",
             "batch_size",
             "layers",
+            "selections",
             "patch_size",
             "width",
             "depth",
@@ -91,6 +101,8 @@ class Config:
         for name in ("alpha", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{_option(name)} must not be negative: {getattr(self, name)}.")
+        if self.budget is not None and not 1 < self.budget < math.inf:
+            raise ValueError(f"--budget must be more than 1, a plain step, got {self.budget}.")
         if not 0 <= self.dropout < 1:
             raise ValueError("--dropout must lie in [0, 1).")
         if not 0 <= self.warmup_epochs < self.epochs:

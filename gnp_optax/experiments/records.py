@@ -43,7 +43,7 @@ class Records:
             run: epochs for run, epochs in self.runs.items() if len(epochs) == config.epochs
         }
         self.runs = complete
-        header = lines[0] if lines else {"options": config.recipe, **_environment()}
+        header = lines[0] if lines else {"options": config.recipe, **environment()}
         _write(self.path, [header, *(line for epochs in complete.values() for line in epochs)])
 
     def append(self, run: Run, epochs: list[Metrics]) -> None:
@@ -82,7 +82,8 @@ def _differences(header: dict[str, Any], config: Config) -> str:
     return ", ".join(f"{n} {made.get(n)!r} instead of {asked.get(n)!r}" for n in names)
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Return the versions of what is used, and the device."""
     device = jax.devices()[0]
     return {
         "versions": {

@@ -52,6 +52,11 @@ def table(runs: Runs) -> str:
                 _relative_time(runs, method),
             )
         )
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows, the first of which is the header, as a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -59,6 +64,21 @@ def table(runs: Runs) -> str:
     ]
     lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
     return "\n".join(lines) + "\n"
+
+
+def selections(runs: Runs) -> str:
+    """Say how many selections of layers were compiled, if any."""
+    chosen = [
+        {tuple(epoch["perturbed_layers"]) for epoch in run if epoch["perturbed_layers"]}
+        for run in runs.values()
+    ]
+    if not any(chosen):
+        return ""
+    most = max(map(len, chosen))
+    return (
+        f"Layer-wise GR used {len(set().union(*chosen))} selections of layers, at most {most} in "
+        f"a run. Each is compiled once."
+    )
 
 
 def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:

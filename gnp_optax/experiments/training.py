@@ -66,6 +66,7 @@ class Trainer:
         self._evaluate = jax.jit(self._metrics)
         self._probe_gradient = jax.jit(jax.grad(self._probe_loss))
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._cost_of: Callable[[Any], float] = functools.cache(self._count_cost)
 
     def run(self, method: Method, seed: int) -> Iterator[Metrics]:
         """Train from scratch; yield the metrics of each epoch."""
@@ -74,8 +75,9 @@ class Trainer:
             config, method, config.epochs * self.steps_per_epoch, self.warmup_steps
         )
         state = self._init(jax.random.key(seed))
+        masks: list[Any] = []  # those of this run, the latest last
         for epoch in range(config.epochs):
-            mask = self._select(state.params) if method == "layerwise" else None
+            mask = self._select(state.params, masks) if method == "layerwise" else None
             first = epoch * self.steps_per_epoch
             scheduled = schedule[first : first + self.steps_per_epoch]
             inputs = (state, self.data.train, None if method == "plain" else scheduled)
@@ -89,7 +91,8 @@ class Trainer:
                 "epoch": epoch + 1,
                 "train_loss": float(train_loss),
                 **{name: float(x) for name, x in self._evaluate(state.params).items()},
-                "gradients_per_step": 1 + float((scheduled[:, 1] != 0).mean()),
+                "gradients_per_step": 1
+                + (self._cost_of(mask) - 1 if mask else 1) * float((scheduled[:, 1] != 0).mean()),
                 "seconds_per_step": seconds / self.steps_per_epoch,
                 "perturbed_layers": list(mask.paths) if mask else None,
             }
@@ -146,8 +149,31 @@ class Trainer:
             self._compiled[key] = epoch.lower(*inputs).compile()
         return self._compiled[key]
 
-    def _select(self, params: Params) -> Any:
-        return gnp.masks.top_k_layers(self._probe_gradient(params), self.config.layers)
+    def _select(self, params: Params, masks: list[Any]) -> Any:
+        """Return the mask of the next epoch, and put it last in the list of the run's masks."""
+        config = self.config
+        mask: Any = gnp.masks.top_k_layers(
+            self._probe_gradient(params),
+            config.layers,
+            budget=config.budget,
+            cost=None if config.budget is None else self._cost_of,
+        )
+        if mask in masks:
+            masks.remove(mask)
+        elif len(masks) == config.selections:
+            mask = masks.pop()
+        masks.append(mask)
+        return mask
+
+    def _count_cost(self, mask: Any) -> float:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        images, labels = (
+            jax.ShapeDtypeStruct((self.config.batch_size, *x.shape[1:]), x.dtype)
+            for x in self.data.train
+        )
+        images = jax.eval_shape(self.data.augment, key, images)
+        params = jax.eval_shape(self._init, key).params
+        return gnp.masks.cost(self._loss, params, mask, images, labels, key, scope="masked")
 
     def _metrics(self, params: Params) -> dict[str, jax.Array]:
         """Test error in percent, and on the probe `||g||` and `L(theta + r g/||g||) - L`."""
