@@ -33,21 +33,32 @@ def norm(leaves: Sequence[jax.Array]) -> jax.Array:
     gradient of 1e-4 nor a float32 gradient of 1e-25 underflows to 0, and 1e25 does not overflow.
     In float32 that holds for norms from 1e-37 to 1e37. NaN and infinity stay what they are.
     """
-    leaves = [widen(x) for x in leaves]
-    if not leaves:
+    return _joint([_norm(jnp.abs(wide), wide) for wide in map(widen, leaves)])
+
+
+def distance(to: Sequence[jax.Array], start: Sequence[jax.Array]) -> jax.Array:
+    """Euclidean norm of the difference, as safe as `norm`."""
+    pairs = [(widen(a), widen(b)) for a, b in zip(to, start, strict=True)]
+    # Once b - a and once a - b: XLA would keep one difference that is used twice in memory.
+    return _joint([_norm(jnp.abs(b - a), a - b) for a, b in pairs])
+
+
+def _joint(norms: list[jax.Array]) -> jax.Array:
+    # Leaf by leaf before, so that none is kept in memory for the sake of another. The barrier stops
+    # XLA from fusing a hundred norms into whatever uses the result, which took it longer to compile
+    # than the network.
+    if not norms:
         return jnp.zeros([], jnp.float32)
-    # The barrier keeps XLA from fusing the maxima of a hundred leaves into every one of the sums,
-    # which would take it longer to compile than the network.
-    maxima = jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves])
-    largest = jax.lax.optimization_barrier(maxima).max()
+    stacked = jax.lax.optimization_barrier(jnp.stack(norms))
+    return _norm(stacked, stacked)
+
+
+def _norm(magnitudes: jax.Array, x: jax.Array) -> jax.Array:
+    largest = jnp.max(magnitudes, initial=0)
     # A larger scale would have a reciprocal below the normal numbers, which is flushed to 0.
     scale = jnp.minimum(jnp.where(largest == 0, 1, largest), 0.5 / jnp.finfo(largest.dtype).tiny)
-    total = sum(_sum_of_squares(x / scale.astype(real(x.dtype))) for x in leaves)
-    return scale * jnp.sqrt(total)
-
-
-def _sum_of_squares(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(jnp.abs(x) if jnp.iscomplexobj(x) else x))
+    scaled = x / scale
+    return scale * jnp.sqrt(jnp.sum(jnp.real(scaled * jnp.conj(scaled))))
 
 
 def divide(x: jax.Array, total: jax.Array) -> jax.Array:

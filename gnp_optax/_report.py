@@ -24,8 +24,6 @@ class Report(NamedTuple):
 
 def report(grads: tuple[Arrays, Arrays], perturbed: Arrays, second: SecondPass) -> Report:
     """Measure a second pass, given the gradient and the arrays to perturb before it."""
-    moves = zip(second.moved, perturbed, strict=True)
-    moved = [_numerics.widen(m) - _numerics.widen(w) for m, w in moves if m is not w]
     every = [*grads[0], *grads[1]]
     both = zip(every, [*second.tilde[0], *second.tilde[1]], strict=True)
     pairs = [(g, t) for g, t in both if t is not None]
@@ -34,7 +32,7 @@ def report(grads: tuple[Arrays, Arrays], perturbed: Arrays, second: SecondPass) 
     grad_norm = _numerics.norm(gradient)
     measured = Report(
         grad_norm=grad_norm,
-        perturbation_norm=_numerics.norm(moved),
+        perturbation_norm=_numerics.distance(second.moved, perturbed),
         perturbed_loss=second.value,
         cosine=_cosine(
             first,

@@ -140,3 +140,56 @@ def test_a_static_mask_compiles_once_per_distinct_selection():
     ]:
         step(params, mask=mask)
     assert step._cache_size() == 2
+
+
+def temporary_bytes(fun, *args):
+    compiled = jax.jit(fun).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def wide():
+    """Nearly all memory is that of the parameters: (params, loss of (params, x), x)."""
+    params = {f"layer_{i}": jnp.ones((512, 512)) / 512 for i in range(8)}
+
+    def loss(params, x):
+        for kernel in params.values():
+            x = jnp.tanh(x @ kernel)
+        return jnp.mean(x**2)
+
+    return params, loss, jnp.ones((32, 512))
+
+
+def allowed_bytes(selected):
+    """What the plain gradient takes, a perturbed copy of some layers, and 5 percent."""
+    params, loss, x = wide()
+    plain = temporary_bytes(jax.value_and_grad(loss), params, x)
+    return 1.05 * (plain + selected * params["layer_0"].nbytes)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_memory_of_one_copy_of_the_parameters(alpha):
+    """The perturbed ones: the gradient is kept where the result will be."""
+    params, loss, x = wide()
+    assert temporary_bytes(gnp.value_and_grad(loss, 0.1, alpha), params, x) <= allowed_bytes(8)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="an older XLA keeps both gradients")
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_memory_of_the_transformation_with_its_report(alpha):
+    """One leaf more."""
+    params, loss, x = wide()
+
+    def composed(params, x):
+        tx = gnp.gradient_regularization(0.1, alpha)
+        grads = jax.grad(loss)(params, x)
+        return tx.update(grads, tx.init(params), params, value_fn=lambda p: loss(p, x))
+
+    assert temporary_bytes(composed, params, x) <= allowed_bytes(9)
+
+
+@pytest.mark.parametrize("scope", ["all", "masked"])
+def test_memory_of_the_perturbed_layers_alone(scope):
+    params, loss, x = wide()
+    mask = gnp.masks.by_path("layer_[67]")
+    gradient = gnp.value_and_grad(loss, 0.1, 0.5, mask=mask, scope=scope)
+    assert temporary_bytes(gradient, params, x) <= allowed_bytes(2)
