@@ -24,8 +24,8 @@ class Cut(NamedTuple):
 
     `prefix(unperturbed)` returns the boundary, through which the loss depends on the unperturbed
     leaves, and a list of further values, which need no gradient: what comes from data or random
-    keys alone, integers, and what the loss only returns. `suffix(perturbed, boundary, values)`
-    returns the loss and aux.
+    keys alone, integers, what is only compared or only returned. `suffix(perturbed, boundary,
+    values)` returns the loss and aux.
     """
 
     prefix: Callable[[Arrays], tuple[Arrays, Arrays]]
