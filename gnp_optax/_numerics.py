@@ -33,32 +33,34 @@ def norm(leaves: Sequence[jax.Array]) -> jax.Array:
     gradient of 1e-4 nor a float32 gradient of 1e-25 underflows to 0, and 1e25 does not overflow.
     In float32 that holds for norms from 1e-37 to 1e37. NaN and infinity stay what they are.
     """
-    return _joint([_norm(jnp.abs(wide), wide) for wide in map(widen, leaves)])
+    return _norm([(jnp.abs(x), x) for x in map(widen, leaves)])
 
 
 def distance(to: Sequence[jax.Array], start: Sequence[jax.Array]) -> jax.Array:
     """Euclidean norm of the difference, as safe as `norm`."""
     pairs = [(widen(a), widen(b)) for a, b in zip(to, start, strict=True)]
     # Once b - a and once a - b: XLA would keep one difference that is used twice in memory.
-    return _joint([_norm(jnp.abs(b - a), a - b) for a, b in pairs])
+    return _norm([(jnp.abs(b - a), a - b) for a, b in pairs])
 
 
-def _joint(norms: list[jax.Array]) -> jax.Array:
-    # Leaf by leaf before, so that none is kept in memory for the sake of another. The barrier stops
-    # XLA from fusing a hundred norms into whatever uses the result, which took it longer to compile
-    # than the network.
-    if not norms:
+def _norm(leaves: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Norm of the second of each pair; the first is its absolute values."""
+    if not leaves:
         return jnp.zeros([], jnp.float32)
-    stacked = jax.lax.optimization_barrier(jnp.stack(norms))
-    return _norm(stacked, stacked)
-
-
-def _norm(magnitudes: jax.Array, x: jax.Array) -> jax.Array:
-    largest = jnp.max(magnitudes, initial=0)
+    largest = jnp.max(_gather([jnp.max(magnitude, initial=0) for magnitude, _ in leaves]))
     # A larger scale would have a reciprocal below the normal numbers, which is flushed to 0.
     scale = jnp.minimum(jnp.where(largest == 0, 1, largest), 0.5 / jnp.finfo(largest.dtype).tiny)
-    scaled = x / scale
-    return scale * jnp.sqrt(jnp.sum(jnp.real(scaled * jnp.conj(scaled))))
+    return scale * jnp.sqrt(jnp.sum(_gather([_sum_of_squares(x / scale) for _, x in leaves])))
+
+
+def _gather(scalars: list[jax.Array]) -> jax.Array:
+    # The barrier stops XLA from fusing a hundred reductions into whatever uses the result, which
+    # took it longer to compile than the network.
+    return jax.lax.optimization_barrier(jnp.stack(scalars))
+
+
+def _sum_of_squares(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.real(x * jnp.conj(x)))
 
 
 def divide(x: jax.Array, total: jax.Array) -> jax.Array:
