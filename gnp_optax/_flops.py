@@ -5,7 +5,7 @@ can't compare programs whose layers are stacked under `lax.scan`; and it takes a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,12 @@ def flops(fun: Callable[..., Any], *args: Any) -> float:
     `while_loop` once, a branch as the dearest alternative. What does not serve the result is left
     out.
     """
-    return _of_jaxpr(jax.make_jaxpr(fun)(*args).jaxpr)
+
+    def arrays(*args: Any) -> list[jax.Array]:
+        # A traced function returns nothing else; aux may.
+        return [x for x in jax.tree.leaves(fun(*args)) if isinstance(x, jax.Array)]
+
+    return _of_jaxpr(jax.make_jaxpr(arrays)(*args).jaxpr)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
@@ -34,6 +39,7 @@ def _of_eqn(eqn: core.JaxprEqn) -> float:
     operands: list[Any] = [v.aval for v in eqn.invars]
     results: list[Any] = [v.aval for v in eqn.outvars]
     inner = [_of_jaxpr(jaxpr) for jaxpr in _jaxprs.inner_jaxprs(eqn)]
+    sizes = [getattr(x, "size", 0) for x in (*operands, *results)]
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] * sum(inner)
@@ -49,5 +55,30 @@ def _of_eqn(eqn: core.JaxprEqn) -> float:
             kernel = operands[1]
             outputs = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             return 2.0 * results[0].size * kernel.size / outputs
-    sizes = [getattr(x, "size", 0) for x in (*operands, *results)]
-    return sum(inner) if inner else float(max(sizes, default=0))
+        case "ragged_dot" | "ragged_dot_general":
+            return _of_ragged_dot(eqn)
+    largest = float(max(sizes, default=0))
+    if _is_elementwise(eqn):
+        return largest * max(1.0, sum(inner))
+    return sum(inner) if inner else largest
+
+
+def _of_ragged_dot(eqn: core.JaxprEqn) -> float:
+    dimensions = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = dimensions.dot_dimension_numbers
+    left, _, groups = _shapes(eqn.invars[:3])
+    (result,) = _shapes(eqn.outvars)
+    products = 2.0 * math.prod(result) * math.prod(left[i] for i in contracted)
+    # Where the groups are contracted, each result sums over its own group only.
+    within = set(contracted).isdisjoint(dimensions.lhs_ragged_dimensions)
+    return products if within else products / groups[-1]
+
+
+def _is_elementwise(eqn: core.JaxprEqn) -> bool:
+    """Whether the function that an equation calls is one of scalars: to reduce, to scatter."""
+    inner = [v for jaxpr in _jaxprs.inner_jaxprs(eqn) for v in jaxpr.invars]
+    return bool(inner) and not any(_shapes(inner)) and any(_shapes(eqn.invars))
+
+
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [getattr(v.aval, "shape", ()) for v in variables]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _parts, _perturbation, _prefix
+from gnp_optax import _checks, _loss, _numerics, _parts, _perturbation, _prefix
 from gnp_optax._selection import Mask
 
 PyTree = Any
@@ -34,7 +34,8 @@ def value_and_grad(
 
     Value and aux come from the unperturbed pass; both passes get the same arguments, random keys
     included. Any optimizer, `TrainState` or Optax wrapper then works unmodified, since the gradient
-    is regularized before it gets there. Where alpha is 0 there is no second pass.
+    is regularized before it gets there. Where alpha is 0 there is no second pass. Call it inside
+    the jitted step: outside, every call traces the loss anew.
 
     With a mask, what `fun` computes before it first uses a perturbed leaf is computed, and
     differentiated, once for both passes. That costs `1 + q` ordinary gradients, with q the share of
@@ -59,7 +60,9 @@ def value_and_grad(
         curvature: `"finite_difference"` takes g~ at the perturbed parameters. `"exact"` takes
             `g + r H d` with the Hessian H of the loss: `g_reg = g + lambda H d`, in which r appears
             only in `lambda = alpha * r`, and which low precision does not spoil. It costs about
-            `1 + 2 q` gradients, and more memory; the loss must be twice differentiable.
+            `1 + 2 q` gradients, and more memory; the loss must be twice differentiable. Where the
+            cut is between activations of less than float32, and `scope` is "all", it costs one
+            more backward pass of what comes before the cut.
         has_aux: Whether `fun` returns `(loss, aux)`.
 
     Returns:
@@ -118,12 +121,19 @@ def value_and_grad(
         def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
             return suffix(perturbed, boundary, values)
 
+        def pulled_back(grads: _perturbation.Gradient) -> _perturbation.Gradient:
+            (at_unperturbed,) = pullback(grads[1])
+            return grads[0], at_unperturbed
+
         gradient = jax.value_and_grad(rest, argnums=(0, 1), has_aux=True)
+        # `H d` may be far smaller than the gradient. Where the boundary is of low precision the two
+        # are added behind it, in the parameters.
+        separately = curvature == "exact" and scope == "all" and any(map(_is_narrow, boundary))
         if curvature == "exact":
 
             def first_pass(perturbed: Arrays) -> tuple[Any, Any]:
                 found, grads = gradient(perturbed, boundary)
-                return grads, found
+                return (pulled_back(grads) if separately else grads), found
 
             # Not `jvp` at the second pass, which would compute the gradient anew.
             grads, linear, (value, aux) = jax.linearize(first_pass, perturbed, has_aux=True)
@@ -140,8 +150,11 @@ def value_and_grad(
         regularized, _, _ = _perturbation.regularize(
             grads, ascend=ascend, second_pass=second_pass, observe=lambda second: None, alpha=alpha
         )
-        at_perturbed, at_boundary = regularized
-        (at_unperturbed,) = pullback(at_boundary)
-        return ((value, aux) if has_aux else value), parts.unite(at_perturbed, at_unperturbed)
+        grads = regularized if separately else pulled_back(regularized)
+        return ((value, aux) if has_aux else value), parts.unite(*grads)
 
     return value_and_grad_fn
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return _numerics.wide(x.dtype) != x.dtype

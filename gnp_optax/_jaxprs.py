@@ -103,6 +103,8 @@ def has_state(jaxpr: core.Jaxpr) -> bool:
 def is_cheap(eqn: core.JaxprEqn) -> bool:
     """Whether to compute the equation again rather than to keep its result."""
     if eqn.primitive.name in JIT:
+        if any(eqn.params["donated_invars"]):  # a second run would find its input gone
+            return False
         return all(map(is_cheap, eqn.params["jaxpr"].jaxpr.eqns))
     return eqn.primitive.name in _CHEAP
 
@@ -116,6 +118,20 @@ def inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
             inner = getattr(x, "jaxpr", x)
             if isinstance(inner, core.Jaxpr):
                 found.append(inner)
+    return found
+
+
+def constants(closed: core.ClosedJaxpr) -> list[Any]:
+    """Return the values that a program closes over, in the functions that it calls, too."""
+    found = list(closed.consts)
+    left = [closed.jaxpr]
+    while left:
+        for eqn in left.pop().eqns:
+            found.extend(v.val for v in eqn.invars if isinstance(v, core.Literal))
+            for param in eqn.params.values():
+                for x in param if isinstance(param, (tuple, list)) else (param,):
+                    found.extend(getattr(x, "consts", ()))
+            left.extend(inner_jaxprs(eqn))
     return found
 
 

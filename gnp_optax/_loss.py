@@ -33,6 +33,22 @@ def with_aux(fun: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[jax.
     return loss
 
 
+def at_types(loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Return the loss of arrays such as `args`, at the types that it computes in for these.
+
+    An array that comes of a Python number is weakly typed: in bfloat16 with it, a sum is bfloat16.
+    Once it is perturbed, it is not, and the same sum would be float32.
+    """
+    leaves = jax.tree.leaves(args)
+    if not any(getattr(x, "weak_type", isinstance(x, (float, complex))) for x in leaves):
+        return loss
+    try:
+        converted, held = jax.closure_convert(loss, *args)
+    except Exception:  # Python sees values, or aux is no array; an error of the loss comes again
+        return loss
+    return lambda *args: converted(*args, *held)
+
+
 def closure(
     value_fn: Callable[..., Any] | None, extra_args: Mapping[str, Any], has_aux: bool
 ) -> Loss:

@@ -1,11 +1,31 @@
 """Arithmetic that is safe in every floating-point type."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def promoting(fun: Callable[P, T]) -> Callable[P, T]:
+    """Let `fun` mix types, also for users who forbid it to their own code.
+
+    They set `jax.numpy_dtype_promotion("strict")`; here, what to compute in is decided by leaf.
+    """
+
+    @functools.wraps(fun)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.numpy_dtype_promotion("standard"):
+            return fun(*args, **kwargs)
+
+    return wrapped
+
+
+@promoting
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Return the type to compute in for leaves of `dtype`: float32, or wider where the leaf is."""
     return jnp.promote_types(dtype, jnp.float32)
@@ -26,6 +46,7 @@ def is_inexact(leaf: object) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
 
+@promoting
 def norm(leaves: Sequence[jax.Array]) -> jax.Array:
     """Euclidean norm over all elements of all leaves, in float32 or wider.
 
@@ -36,6 +57,7 @@ def norm(leaves: Sequence[jax.Array]) -> jax.Array:
     return _norm([(jnp.abs(x), x) for x in map(widen, leaves)])
 
 
+@promoting
 def distance(to: Sequence[jax.Array], start: Sequence[jax.Array]) -> jax.Array:
     """Euclidean norm of the difference, as safe as `norm`."""
     pairs = [(widen(a), widen(b)) for a, b in zip(to, start, strict=True)]
@@ -63,6 +85,7 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.real(x * jnp.conj(x)))
 
 
+@promoting
 def divide(x: jax.Array, total: jax.Array) -> jax.Array:
     """Divide a leaf by a norm, in the leaf's wide type; 0 where the norm is 0."""
     x = widen(x)

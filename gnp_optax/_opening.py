@@ -189,7 +189,8 @@ def _two_checkpoints(eqn: core.JaxprEqn, given: list[_Value]) -> list[_Value] | 
     for part in (before, after):
         made = _jaxprs.unique(v for e in part for v in e.outvars)
         needed = set(_jaxprs.variables(jaxpr.outvars))
-        needed.update(v for e in after for v in _jaxprs.read(e))
+        if part is before:
+            needed.update(v for e in after for v in _jaxprs.read(e))
         own = set(made)
         inputs = _jaxprs.unique(v for e in part for v in _jaxprs.read(e) if v not in own)
         outputs = [v for v in made if v in needed]

@@ -190,6 +190,7 @@ def gradient(loss: Loss, point: Point, scope: str) -> tuple[jax.Array, Gradient]
     return value, (first, [next(found) if x else None for x in receives])
 
 
+@_numerics.promoting
 def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
     """Return `w + r d`, computed in float32 or wider and rounded to the type of `w`."""
     wide = _numerics.widen(w)
@@ -197,6 +198,7 @@ def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
     return _numerics.round_to(wide + step, jnp.result_type(w))
 
 
+@_numerics.promoting
 def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
     """Return `(1 - alpha) g + alpha g~`, computed in float32 or wider, in the type of `g`."""
     if not isinstance(alpha, jax.core.Tracer) and np.asarray(alpha) == 1:

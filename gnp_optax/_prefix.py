@@ -6,6 +6,7 @@ boundary, the values that the prefix hands over. A gradient of the suffix with r
 pulled back once through the prefix, is a gradient of the whole.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from gnp_optax import _jaxprs, _numerics, _opening
+from gnp_optax import _jaxprs, _loss, _numerics, _opening
 from gnp_optax._perturbation import Loss
 
 Arrays = list[Any]
+_logger = logging.getLogger(__name__)
 
 
 class Cut(NamedTuple):
@@ -40,15 +42,17 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     a branch, a custom derivative) are left whole. Where there is nothing to share, or the loss
     can't be traced before it is differentiated, or has mutable state, the prefix is empty.
     """
-    whole = Cut(lambda u: (u, []), lambda p, u, _: loss(p, u))
+    typed = _loss.at_types(loss, perturbed, unperturbed)
+    whole = Cut(lambda u: (u, []), lambda p, u, _: typed(p, u))
     # To differentiate integers is an error, which JAX explains.
     if not unperturbed or not all(map(_numerics.is_inexact, unperturbed)):
         return whole
     try:
         traced = _trace(loss, perturbed, unperturbed)
-    except Exception:
+    except Exception as error:
         # Outside `jit`, a loss may use the value of an array in Python, and everywhere, a custom
         # derivative may hold an array of the loss. An error of the loss itself is raised again.
+        _logger.debug("The two passes share nothing, since the loss was not cut: %r", error)
         return whole
     return whole if traced is None else traced
 
@@ -105,15 +109,32 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
         return Cut(prefix, suffix)
 
     boundary = [v for v in outside if v in differentiable]
-    reached = _reached(handing_over(boundary), perturbed, unperturbed, consts)
+    gradient, reached = _gradient(handing_over(boundary), perturbed, unperturbed)
+    held = _held(gradient) - set(map(id, consts))
+    # What a custom derivative holds may be of a trace around the loss, and so still be there.
+    if held and not held <= _held(_gradient_of(lambda p, u: loss(p, u)[0], perturbed, unperturbed)):
+        raise ValueError("A custom derivative holds a value of the loss as it was traced.")
     return handing_over([v for i, v in enumerate(boundary) if i in reached])
 
 
-def _reached(cut: Cut, perturbed: Arrays, unperturbed: Arrays, consts: Arrays) -> set[int]:
-    """Return which values of the boundary a gradient passes through.
+def _held(closed: core.ClosedJaxpr) -> set[int]:
+    """Return the identities of the traced values that a program closes over."""
+    return {id(c) for c in _jaxprs.constants(closed) if isinstance(c, jax.core.Tracer)}
 
-    JAX is asked, by a gradient that is traced only. To pull back a cotangent that JAX knows to be
-    zero would be wrong: it might meet an infinite derivative, or a loop that has none.
+
+def _gradient_of(
+    loss: Callable[[Arrays, Arrays], jax.Array], perturbed: Arrays, unperturbed: Arrays
+) -> core.ClosedJaxpr:
+    return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(perturbed, unperturbed)
+
+
+def _gradient(
+    cut: Cut, perturbed: Arrays, unperturbed: Arrays
+) -> tuple[core.ClosedJaxpr, set[int]]:
+    """Return the gradient, traced, and through which values of the boundary it passes.
+
+    To pull back a cotangent that JAX knows to be zero would be wrong: it might meet an infinite
+    derivative, or a loop that has none.
     """
     reached: set[int] = set()
 
@@ -135,8 +156,4 @@ def _reached(cut: Cut, perturbed: Arrays, unperturbed: Arrays, consts: Arrays) -
         boundary, values = cut.prefix(unperturbed)
         return cut.suffix(perturbed, [watched(i, x) for i, x in enumerate(boundary)], values)[0]
 
-    gradient = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(perturbed, unperturbed)
-    expected = set(map(id, consts))
-    if any(isinstance(c, jax.core.Tracer) and id(c) not in expected for c in gradient.consts):
-        raise ValueError("A custom derivative holds a value of the loss as it was traced.")
-    return reached
+    return _gradient_of(loss, perturbed, unperturbed), reached

@@ -22,6 +22,7 @@ class Report(NamedTuple):
     cosine: jax.Array
 
 
+@_numerics.promoting
 def report(grads: tuple[Arrays, Arrays], perturbed: Arrays, second: SecondPass) -> Report:
     """Measure a second pass, given the gradient and the arrays to perturb before it."""
     every = [*grads[0], *grads[1]]

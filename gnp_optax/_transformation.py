@@ -144,10 +144,11 @@ def gradient_regularization(
         parts = _parts.Parts(mask, params)
         grads = parts.divide(updates)
 
-        def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
+        def divided(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
             return loss_fn(parts.unite(perturbed, unperturbed))
 
         point = parts.divide(params)
+        loss = _loss.at_types(divided, *point)
         zeros = [_zero(g, w) for g, w in zip(grads[1], point[1], strict=True)]
 
         def ascend(g: Arrays) -> tuple[Arrays, Any]:

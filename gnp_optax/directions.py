@@ -80,6 +80,7 @@ def adaptive(eta: float = 0.01) -> optax.GradientTransformation:
         del params
         return optax.EmptyState()
 
+    @_numerics.promoting
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:

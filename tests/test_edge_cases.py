@@ -260,3 +260,26 @@ def test_params_that_need_no_gradient_reach_the_loss_as_they_are():
     state = tx.init({"a": jnp.ones(2)})
     doubled = optax.tree_utils.tree_map_params(tx, lambda x: x + 1, state)
     np.testing.assert_array_equal(optax.tree_utils.tree_get(doubled, "mu")["a"], 1)
+
+
+@pytest.mark.parametrize("form", ["core", "transformation"])
+@pytest.mark.parametrize("curvature", ["finite_difference", "exact"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_strict_promotion(dtype, curvature, form, x64):
+    """Users who forbid JAX to mix types get the same numbers."""
+    params = {"body": jnp.arange(1, 4, dtype=dtype), "head": jnp.ones(1, jnp.float32)}
+    kwargs = {"direction": gnp.directions.adaptive(), "curvature": curvature}
+
+    def loss(params):
+        return sum(jnp.sum(w.astype(jnp.float64) ** 2) for w in params.values())
+
+    def compute():
+        if form == "core":
+            return gnp.value_and_grad(loss, 0.1, 0.8, **kwargs)(params)
+        tx = gnp.gradient_regularization(0.1, optax.constant_schedule(0.8), **kwargs)
+        return through_transformation(tx, loss, params)
+
+    expected = compute()
+    with jax.numpy_dtype_promotion("strict"):
+        got = compute()
+    jax.tree.map(np.testing.assert_array_equal, got, expected)

@@ -1,5 +1,7 @@
 """Masks: what they select, and that they are values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from problems import mlp, through_transformation
 
 import gnp_optax as gnp
-from gnp_optax import masks
+from gnp_optax import _flops, masks
 
 PARAMS = {
     "embed": jnp.ones((4, 2)),
@@ -243,6 +245,44 @@ def test_cost_counts_a_loop_as_often_as_it_runs():
     params = {"stack": jnp.zeros((15, 64, 64)), "head": jnp.zeros((64, 64))}
     x = jnp.zeros((512, 64))
     assert abs(masks.cost(loss, params, masks.by_path("head"), x) - (1 + 1 / 16)) < 0.02
+
+
+def test_cost_counts_a_mixture_of_experts_as_what_it_multiplies():
+    groups = np.full(4, 16)
+    params = {f"layer_{i}": jnp.ones((4, 32, 32)) for i in range(3)} | {"head": jnp.ones((32, 8))}
+    mask = masks.by_path("head|layer_2")
+
+    def loss(multiply, params, x):
+        for i in range(3):
+            x = jnp.tanh(multiply(x, params[f"layer_{i}"]))
+        return jnp.sum(x @ params["head"])
+
+    experts, one = (
+        masks.cost(functools.partial(loss, multiply), params, mask, jnp.ones((64, 32)))
+        for multiply in (
+            lambda x, kernels: jax.lax.ragged_dot(x, kernels, groups),
+            lambda x, kernels: x @ kernels[0],
+        )
+    )
+    assert abs(experts - one) < 0.02
+
+
+def test_cost_counts_every_element_that_is_scattered_or_reduced():
+    def of(fun):
+        return _flops.flops(fun, jnp.zeros((1000, 64)))
+
+    assert of(lambda t: t.at[:50].add(1.0)) >= 64_000
+    assert of(lambda t: jax.lax.reduce(t, 1.0, lambda a, b: a * b + a, (0, 1))) >= 64_000
+
+
+def test_cost_takes_aux_of_any_kind():
+    params, loss, x = deep()
+    mask = masks.layers("layer_7")
+
+    def with_aux(params, x):
+        return loss(params, x), ("a word", None, x @ x.T)
+
+    assert 1 < masks.cost(with_aux, params, mask, x, has_aux=True) < 1.2
 
 
 def test_budget_takes_the_largest_gradients_that_fit():

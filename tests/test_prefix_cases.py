@@ -186,15 +186,38 @@ def test_a_custom_derivative_may_hold_a_value_of_the_loss(jit):
     check(fun, params, jit=jit)
 
 
-def test_a_batch_in_a_custom_derivative_does_not_hinder_sharing():
+LOOPS = {
+    "scan": lambda f, x: lax.scan(lambda c, _: (f(jnp.tanh(c)), None), x, None, length=2)[0],
+    "cond": lambda f, x: lax.cond(x[0, 0] > 0, lambda x: f(jnp.tanh(x)), lambda x: x, x),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_custom_derivative_in_a_loop_may_hold_a_value_of_the_loss(loop):
+    params, x = problem()
+
+    def fun(p):
+        scale = jnp.log(jnp.abs(x) + 1).sum()
+        scaled = jax.custom_vjp(lambda y: y)
+        scaled.defvjp(lambda y: (y, None), lambda _, g: (g * scale,))
+        return jnp.sum(jnp.tanh(LOOPS[loop](scaled, x @ p["a"]) @ p["b"]))
+
+    check(fun, params)
+
+
+@pytest.mark.parametrize("where", ["both passes", "backward pass"])
+def test_a_batch_in_a_custom_derivative_does_not_hinder_sharing(where):
     params, x = problem()
     log = []
 
     def step(p, x):
+        def forward(y):
+            return y * x if where == "both passes" else y
+
         def fun(p):
             jax.debug.callback(lambda: log.append("run"))
-            scaled = jax.custom_vjp(lambda y: y * x)
-            scaled.defvjp(lambda y: (y * x, None), lambda _, g: (g * x,))
+            scaled = jax.custom_vjp(forward)
+            scaled.defvjp(lambda y: (forward(y), None), lambda _, g: (g * x,))
             return jnp.sum(jnp.tanh(scaled(x @ p["a"]) @ p["b"]))
 
         return shared(fun)(p)
@@ -202,6 +225,12 @@ def test_a_batch_in_a_custom_derivative_does_not_hinder_sharing():
     jax.jit(step)(params, x)
     jax.effects_barrier()
     assert log == ["run"]
+
+
+def test_a_function_that_frees_its_argument_is_not_run_twice():
+    params, x = problem()
+    twice = jax.jit(lambda m: m * 2, donate_argnums=0)
+    check(lambda p: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"] * twice(jnp.sin(x))), params)
 
 
 # Without `jit`, Python sees values

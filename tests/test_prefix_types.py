@@ -160,6 +160,31 @@ def test_leaves_of_lower_precision():
     check(lambda p: loss(p, x), params, {"a": True, "b": False}, rtol=1e-2)
 
 
+@pytest.mark.parametrize("mask", [None, {"scale": True, "x": False}])
+def test_a_weakly_typed_leaf_keeps_the_types_of_the_program(mask):
+    """A Python number: `bfloat16 * number` is bfloat16, and so must `bfloat16 * perturbed` be."""
+
+    def fun(p):
+        h, _ = lax.scan(lambda c, _: (c * p["scale"], None), p["x"], None, length=2)
+        return h.astype(jnp.float32).sum()
+
+    params = {"scale": jnp.asarray(2.0), "x": jnp.ones(3, jnp.bfloat16)}
+    value, g = jax.value_and_grad(fun)(params)
+    perturbed = {"scale": 2.0 + 0.5, "x": params["x"]}
+    if mask is None:
+        norm = np.sqrt(sum(float(jnp.sum(jnp.float32(x) ** 2)) for x in jax.tree.leaves(g)))
+        move = jax.tree.map(lambda w, g: w + jnp.asarray(0.5 / norm * g, w.dtype), params, g)
+        perturbed = {"scale": float(move["scale"]), "x": move["x"]}
+    expected = jax.grad(fun)(perturbed)
+    core = gnp.value_and_grad(fun, 0.5, 1.0, mask=mask)(params)
+    tx = gnp.gradient_regularization(0.5, 1.0, mask=mask)
+    updates, _ = tx.update(g, tx.init(params), params, value_fn=fun)
+    assert core[0] == value
+    for got in (core[1], updates):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), got, expected)
+        assert got["x"].dtype == jnp.bfloat16
+
+
 def test_the_same_array_in_two_leaves():
     a, x = problem()[0]["a"], problem()[1]
     check(lambda p: loss(p, x), {"a": a, "b": a}, MASK)
@@ -189,6 +214,37 @@ def test_halves_of_a_checkpoint():
 
 
 # Exact curvature
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1.0])
+def test_exact_curvature_survives_a_cut_between_bfloat16_activations(alpha):
+    """Float32 parameters: what the penalty adds is right even where it is far below the rounding.
+
+    Added to the gradient at the cut, in bfloat16, it would be off by a factor of 8.
+    """
+    rng = np.random.default_rng(0)
+    params = {name: jnp.asarray(rng.normal(size=(64, 64)) / 8, jnp.float32) for name in "ab"}
+    x, y = (jnp.asarray(rng.normal(size=(32, 64)), jnp.float32) for _ in "xy")
+    r = 0.1
+
+    def fun(p, dtype=jnp.bfloat16):
+        h = jnp.tanh(x.astype(dtype) @ p["a"].astype(dtype))
+        out = jnp.tanh(h @ p["b"].astype(dtype))
+        return jnp.mean((out.astype(jnp.float32) - y) ** 2)
+
+    def penalty(p):
+        g = jax.grad(lambda b: fun({**p, "b": b}, jnp.float32))(p["b"])
+        return alpha * r * jnp.sqrt(jnp.sum(g**2))
+
+    def change(alpha):
+        core = gnp.value_and_grad(fun, r, alpha, mask=MASK, curvature="exact")
+        return jax.jit(core)(params)[1]
+
+    expected = jax.grad(penalty)(params)
+    plain, got = change(0.0), change(alpha)
+    for name, exact in expected.items():
+        error = jnp.linalg.norm(got[name] - plain[name] - exact) / jnp.linalg.norm(exact)
+        assert error < 0.03, (name, error)
 
 
 @pytest.mark.parametrize("scope", ["all", "masked"])
