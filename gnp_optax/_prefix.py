@@ -18,7 +18,7 @@ from gnp_optax import _jaxprs, _loss, _numerics, _opening
 from gnp_optax._perturbation import Loss
 
 Arrays = list[Any]
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("gnp_optax")
 
 
 class Cut(NamedTuple):

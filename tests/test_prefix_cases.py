@@ -257,6 +257,15 @@ def test_python_may_use_values(factor):
     check(lambda p: factor(p, x) * loss(p, x), params)
 
 
+def test_the_log_tells_why_nothing_is_shared(caplog):
+    params, x = problem()
+    with caplog.at_level("DEBUG", logger="gnp_optax"):
+        shared(lambda p: loss(p, x))(params)
+        assert not caplog.records
+        shared(lambda p: loss(p, x) * (2.0 if p["a"].sum() > 0 else 3.0))(params)
+    assert "TracerBoolConversionError" in caplog.text
+
+
 def test_disable_jit():
     params, x = problem()
     with jax.disable_jit():
