@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
-from gnp_optax import directions, masks, schedules
+from gnp_optax import batching, directions, masks, schedules
 from gnp_optax._functional import value_and_grad
 from gnp_optax._presets import asam, layerwise_gradient_regularization, sam
 from gnp_optax._transformation import GradientRegularizationState, gradient_regularization
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientRegularizationState",
     "asam",
+    "batching",
     "directions",
     "gradient_regularization",
     "layerwise_gradient_regularization",
