@@ -58,7 +58,7 @@ def finished(small, trainer, tmp_path_factory):
     """The configuration and the table of one uninterrupted comparison of everything."""
     config = dataclasses.replace(TINY, out=tmp_path_factory.mktemp("finished"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "digits", lambda: small)
+        patch.setattr(data, "digits", lambda part: small)
         patch.setattr(__main__, "Trainer", lambda *_: trainer)
         return config, compare(config)
 
@@ -121,6 +121,8 @@ def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
         ({"methods": ("sam", "sam")}, "--methods must .* each of them once"),
         ({"methods": ("typo",)}, "--methods must be some of"),
         ({"data_dir": "somewhere"}, "--data-dir is for --dataset cifar10"),
+        ({"coordinator": "host:1234"}, "--coordinator is for --distributed, which is missing"),
+        ({"distributed": True, "processes": 2}, "give all or none: with --processes alone"),
     ],
 )
 def test_an_impossible_option_is_named(options, message):
@@ -361,7 +363,7 @@ def started(monkeypatch, small):
         runs.append((method, seed))
         return run(self, method, seed)
 
-    monkeypatch.setattr(data, "digits", lambda: small)
+    monkeypatch.setattr(data, "digits", lambda part: small)
     monkeypatch.setattr(Trainer, "run", counted)
     return runs
 

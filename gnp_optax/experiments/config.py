@@ -19,6 +19,9 @@ Method = Literal[
 ]
 
 
+_CONNECTION = ("coordinator", "processes", "process_id")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Train a small Vision Transformer, with AdamW and warmup, once per method and seed.
@@ -40,6 +43,16 @@ class Config:
     """Methods to compare. Times are relative to plain."""
     seeds: int = 3
     """Runs per method; a seed sets initialisation, order of examples, augmentation, dropout."""
+    distributed: bool = False
+    """Train on all devices, of this process and of all that are started with it. On a cluster whose
+    launcher JAX knows (Slurm, Cloud TPU, ...), and with one process, the three options below are
+    not needed."""
+    coordinator: str | None = None
+    """Address of the first process, such as host:1234."""
+    processes: int | None = None
+    """Number of processes."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
     out: Path | None = None
     """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
 
@@ -112,6 +125,14 @@ class Config:
         known = set(self.methods) <= set(get_args(Method))
         if not self.methods or not known or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods must be some of {get_args(Method)}, each of them once.")
+        given = [_option(name) for name in _CONNECTION if getattr(self, name) is not None]
+        if given and not self.distributed:
+            raise ValueError(f"{', '.join(given)} is for --distributed, which is missing.")
+        if given and len(given) < len(_CONNECTION):
+            wanted = ", ".join(map(_option, _CONNECTION))
+            raise ValueError(
+                f"Of {wanted} give all or none: with {', '.join(given)} alone they can't be found."
+            )
         if self.dataset == "digits" and self.data_dir is not None:
             raise ValueError("--data-dir is for --dataset cifar10; the digits come with the code.")
 
@@ -119,8 +140,10 @@ class Config:
     def recipe(self) -> dict[str, Any]:
         """What determines a run: neither where the results go nor how many runs there are."""
         recipe = dataclasses.asdict(self)
-        for name in ("data_dir", "methods", "seeds", "out"):
+        for name in ("data_dir", "methods", "seeds", "out", "distributed", *_CONNECTION):
             del recipe[name]
+        if self.distributed:  # the order of the examples depends on it
+            recipe["devices"] = jax.device_count()
         return recipe
 
     @property

@@ -52,8 +52,11 @@ class Data(NamedTuple):
         return jnp.where(flips, cropped[:, :, ::-1], cropped)
 
 
-def digits() -> Data:
-    """Load scikit-learn's handwritten digits: 1797 images of 8x8, a third of them for testing."""
+def digits(part: tuple[int, int] = (0, 1)) -> Data:
+    """Load scikit-learn's handwritten digits: 1797 images of 8x8, a third of them for testing.
+
+    With `part` (i, n), of the training images only i, i + n, i + 2 n and so on.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -61,17 +64,18 @@ def digits() -> Data:
     images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
     splits = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = map(jnp.asarray, splits)
-    train = Split(train_images, train_labels)
+    train = Split(train_images[part[0] :: part[1]], train_labels[part[0] :: part[1]])
     test = Split(test_images, test_labels)
     return Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,), augmented=False)
 
 
-def cifar10(data_dir: Path | None) -> Data:
+def cifar10(data_dir: Path | None, part: tuple[int, int] = (0, 1)) -> Data:
     """Load CIFAR-10 from Parquet files in the layout of the hub's `uoft-cs/cifar10`.
 
     Args:
         data_dir: A folder with `train-*.parquet` and `test-*.parquet`, at any depth. `None`
             downloads the data set from the Hugging Face hub.
+        part: `(i, n)`: of the training images, decode only i, i + n, i + 2 n and so on.
 
     Raises:
         FileNotFoundError: If the folder or a split is missing.
@@ -81,7 +85,7 @@ def cifar10(data_dir: Path | None) -> Data:
     folder = _download() if data_dir is None else data_dir
     if not folder.is_dir():
         raise FileNotFoundError(f"--data-dir: there is no folder {folder}.")
-    train, test = (_read_split(folder, name) for name in ("train", "test"))
+    train, test = _read_split(folder, "train", part), _read_split(folder, "test", (0, 1))
     return Data(train, test, scale=255.0, mean=CIFAR10_MEAN, std=CIFAR10_STD, augmented=True)
 
 
@@ -98,7 +102,7 @@ def _download() -> Path:
     return Path(path)
 
 
-def _read_split(folder: Path, name: str) -> Split:
+def _read_split(folder: Path, name: str, part: tuple[int, int]) -> Split:
     from pyarrow import parquet
 
     files = sorted(folder.rglob(f"{name}-*.parquet"))
@@ -106,6 +110,7 @@ def _read_split(folder: Path, name: str) -> Split:
         raise FileNotFoundError(f"--data-dir: there is no {name}-*.parquet under {folder}.")
     images: list[np.ndarray] = []
     labels: list[int] = []
+    seen, (first, stride) = 0, part
     for file in files:
         try:
             table = parquet.read_table(file)
@@ -119,8 +124,10 @@ def _read_split(folder: Path, name: str) -> Split:
         for row, (image, label) in enumerate(
             zip(table["img"].to_pylist(), table["label"].to_pylist(), strict=True)
         ):
-            images.append(_decode(image, file, row))
-            labels.append(label)
+            if (seen + row) % stride == first:
+                images.append(_decode(image, file, row))
+                labels.append(label)
+        seen += len(table)
     if not images:
         raise ValueError(f"The {name} split under {folder} is empty.")
     if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
