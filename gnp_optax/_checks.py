@@ -1,5 +1,7 @@
 """Checks of arguments that every public function shares."""
 
+import contextlib
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,6 +57,47 @@ def check_curvature(curvature: str) -> None:
             f"curvature must be 'finite_difference' (a second gradient, at the perturbed "
             f"parameters) or 'exact' (a Hessian-vector product), got {curvature!r}."
         )
+
+
+def check_perturb_dtype(dtype: Any, curvature: str) -> None:
+    """Raise unless `dtype` is None or a floating-point type that the perturbed loss can use."""
+    if dtype is None:
+        return
+    is_floating = False
+    if not isinstance(dtype, jax.Array):
+        with contextlib.suppress(TypeError):
+            is_floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    if not is_floating:
+        raise TypeError(
+            f"perturb_dtype must be a floating-point type, such as 'float32', got {dtype!r}. "
+            f"(Behind optax.inject_hyperparams write the name; the class it takes for a schedule.)"
+        )
+    if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
+        raise ValueError(
+            f"perturb_dtype={jnp.dtype(dtype).name!r} needs 64-bit types: "
+            f"jax.config.update('jax_enable_x64', True)."
+        )
+    if curvature == "exact":
+        raise ValueError(
+            "With curvature='exact' no parameter is perturbed, so that perturb_dtype would have no "
+            "effect. Leave it out."
+        )
+
+
+def check_not_inside_multi_steps() -> None:
+    """Raise where `optax.MultiSteps` calls: it hands on nothing by which it could be told."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
+            raise ValueError(
+                "optax.MultiSteps is wrapped around the gradient regularization, which would mix "
+                "the mean gradient of all micro-batches with the perturbed gradient of the last. "
+                "To regularize each micro-batch, accumulate afterwards: optax.chain("
+                "gnp.gradient_regularization(r, alpha), optax.MultiSteps(optimizer, k)"
+                ".gradient_transformation()). To regularize the whole batch: "
+                "gnp.batching.accumulate(loss_fn, k)."
+            )
+        frame = frame.f_back
 
 
 def check_direction(direction: Any) -> None:

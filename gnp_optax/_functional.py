@@ -24,6 +24,7 @@ def value_and_grad(
     mask: Mask = None,
     scope: str = "all",
     curvature: str = "finite_difference",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Return a function for the value of `fun` and its regularized gradient.
@@ -51,7 +52,7 @@ def value_and_grad(
         r: Radius of the perturbation, in the units of the parameters: a number or a traced scalar.
             Not negative. For a schedule pass `schedule(step)`.
         alpha: Weight of the perturbed gradient, `lambda / r`; a number or a traced scalar. Not
-            negative. 1 is SAM, 0 exactly `jax.value_and_grad`.
+            negative. 1 is SAM, the number 0 exactly `jax.value_and_grad`.
         direction: From the gradient to the ascent direction d in `eps = r * d`; default
             `gnp.directions.normalized()`. It must have no state, since there is none here.
         mask: Which leaves are perturbed: `None` (all), a prefix pytree of Python bools, or a
@@ -64,6 +65,10 @@ def value_and_grad(
             `1 + 2 q` gradients, and more memory; the loss must be twice differentiable. Where the
             cut is between activations of less than float32, and `scope` is "all", it costs one
             more backward pass of what comes before the cut.
+        perturb_dtype: Evaluate the perturbed loss at parameters of at least this type, such as
+            `"float32"`. By default the perturbed parameters are rounded to their own type: of
+            bfloat16, most would not move. The remedy costs a copy of the leaves that it widens, and
+            prefix sharing.
         has_aux: Whether `fun` returns `(loss, aux)`.
 
     Returns:
@@ -93,7 +98,7 @@ def value_and_grad(
                 f"it with your own: {name}=schedule(step)."
             )
         _checks.check_scalar(name, number)
-    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature)
+    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature, perturb_dtype)
     with_aux = _loss.with_aux(fun, has_aux)
 
     @functools.wraps(fun)
@@ -116,7 +121,12 @@ def value_and_grad(
             return parts.divide(found)[0], state
 
         # Everything up to the boundary is computed once; the rest is a loss like any other.
-        prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
+        one_pass = _perturbation.is_known_to_be(0, alpha)
+        # Traced once, the suffix could not compute in two types.
+        if one_pass or _perturbation.is_retyped(perturbed, perturb_dtype):
+            prefix, suffix = _prefix.uncut(loss)
+        else:
+            prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
         boundary, pullback, values = jax.vjp(prefix, unperturbed, has_aux=True)
 
         def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
@@ -147,7 +157,9 @@ def value_and_grad(
         else:
             (value, aux), grads = gradient(perturbed, boundary)
             point = perturbed, boundary
-            second_pass = _perturbation.finite_difference(rest, point, grads, r, alpha, scope)
+            second_pass = _perturbation.finite_difference(
+                rest, point, grads, r, alpha, scope, perturb_dtype
+            )
         regularized, _, _ = _perturbation.regularize(
             grads, ascend=ascend, second_pass=second_pass, observe=lambda second: None, alpha=alpha
         )

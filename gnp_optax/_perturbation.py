@@ -41,10 +41,12 @@ def resolve_direction(
     mask: _selection.Mask,
     scope: str,
     curvature: str,
+    perturb_dtype: jax.typing.DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Check the arguments that every public form shares, and fill in the default direction."""
     _checks.check_scope(scope)
     _checks.check_curvature(curvature)
+    _checks.check_perturb_dtype(perturb_dtype, curvature)
     _selection.check_mask(mask)
     direction = directions.normalized() if direction is None else direction
     _checks.check_direction(direction)
@@ -88,8 +90,13 @@ def regularize(
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
+    return skip() if is_known_to_be(0, alpha) else run()
+
+
+def is_known_to_be(number: int, alpha: jax.typing.ArrayLike) -> bool:
+    """Whether a weight is this number, and not one that is traced."""
     # In NumPy, since under `jit` a comparison of concrete JAX arrays is staged like any other.
-    return skip() if np.asarray(alpha) == 0 else run()
+    return not isinstance(alpha, jax.core.Tracer) and bool(np.asarray(alpha) == number)
 
 
 def finite_difference(
@@ -99,12 +106,16 @@ def finite_difference(
     r: jax.typing.ArrayLike,
     alpha: jax.typing.ArrayLike,
     scope: str,
+    dtype: jax.typing.DTypeLike | None,
 ) -> Callable[[Arrays], SecondPass]:
-    """Return the second pass that takes g~ at the perturbed parameters."""
+    """Return the second pass that takes g~ at the perturbed parameters, of at least `dtype`."""
     perturbed, others = point
 
     def second_pass(direction: Arrays) -> SecondPass:
-        moved = [perturb(w, d, r) for w, d in zip(perturbed, direction, strict=True)]
+        moved = [
+            perturb(w, d, r, perturbed_type(w, dtype))
+            for w, d in zip(perturbed, direction, strict=True)
+        ]
         value, tilde = gradient(loss, (moved, others), scope)
         mixed = _combined(lambda g, t: mix(g, t, alpha), grads, tilde)
         return SecondPass(value, moved, tilde, _filled(mixed, grads))
@@ -191,17 +202,34 @@ def gradient(loss: Loss, point: Point, scope: str) -> tuple[jax.Array, Gradient]
 
 
 @_numerics.promoting
-def perturb(w: jax.Array, d: jax.Array, r: jax.typing.ArrayLike) -> jax.Array:
-    """Return `w + r d`, computed in float32 or wider and rounded to the type of `w`."""
+def perturbed_type(w: jax.Array, dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
+    """Return the type in which a leaf is perturbed: its own, or `dtype` if that is wider."""
+    own = jnp.result_type(w)
+    return own if dtype is None else jnp.promote_types(own, dtype)
+
+
+def is_retyped(perturbed: Arrays, dtype: jax.typing.DTypeLike | None) -> bool:
+    """Whether a leaf is perturbed in another type than its own."""
+    return any(perturbed_type(w, dtype) != jnp.result_type(w) for w in perturbed)
+
+
+@_numerics.promoting
+def perturb(
+    w: jax.Array,
+    d: jax.Array,
+    r: jax.typing.ArrayLike,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Return `w + r d`, computed in float32 or wider and rounded to `dtype`, by default w's."""
     wide = _numerics.widen(w)
     step = jnp.asarray(r, _numerics.real(wide.dtype)) * jnp.asarray(d, wide.dtype)
-    return _numerics.round_to(wide + step, jnp.result_type(w))
+    return _numerics.round_to(wide + step, jnp.result_type(w) if dtype is None else dtype)
 
 
 @_numerics.promoting
 def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
     """Return `(1 - alpha) g + alpha g~`, computed in float32 or wider, in the type of `g`."""
-    if not isinstance(alpha, jax.core.Tracer) and np.asarray(alpha) == 1:
+    if is_known_to_be(1, alpha):
         return tilde.astype(jnp.result_type(g))  # SAM: g need not be kept in memory
     wide = _numerics.widen(g)
     a = jnp.asarray(alpha, _numerics.real(wide.dtype))

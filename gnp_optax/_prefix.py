@@ -34,6 +34,11 @@ class Cut(NamedTuple):
     suffix: Callable[[Arrays, Arrays, Arrays], tuple[jax.Array, Any]]
 
 
+def uncut(loss: Loss) -> Cut:
+    """Share nothing: the suffix is the whole loss, and the boundary the unperturbed leaves."""
+    return Cut(lambda unperturbed: (unperturbed, []), lambda p, boundary, _: loss(p, boundary))
+
+
 def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     """Cut the loss for leaves such as these.
 
@@ -42,8 +47,7 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     a branch, a custom derivative) are left whole. Where there is nothing to share, or the loss
     can't be traced before it is differentiated, or has mutable state, the prefix is empty.
     """
-    typed = _loss.at_types(loss, perturbed, unperturbed)
-    whole = Cut(lambda u: (u, []), lambda p, u, _: typed(p, u))
+    whole = uncut(_loss.at_types(loss, perturbed, unperturbed))
     # To differentiate integers is an error, which JAX explains.
     if not unperturbed or not all(map(_numerics.is_inexact, unperturbed)):
         return whole

@@ -1,5 +1,6 @@
 """Points in the space of `gradient_regularization` that have names: SAM, ASAM, layer-wise GR."""
 
+import jax
 import optax
 
 from gnp_optax import _checks, directions
@@ -13,6 +14,7 @@ def sam(
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: str = "all",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimize the sharpness of the loss: sharpness-aware minimization, SAM.
@@ -25,6 +27,7 @@ def sam(
         direction: As in `gradient_regularization`.
         mask: As in `gradient_regularization`.
         scope: As in `gradient_regularization`.
+        perturb_dtype: As in `gradient_regularization`.
         has_aux: As in `gradient_regularization`.
 
     Returns:
@@ -48,7 +51,13 @@ def sam(
     """
     _checks.check_scalar_or_schedule("rho", rho)
     return gradient_regularization(
-        rho, 1.0, direction=direction, mask=mask, scope=scope, has_aux=has_aux
+        rho,
+        1.0,
+        direction=direction,
+        mask=mask,
+        scope=scope,
+        perturb_dtype=perturb_dtype,
+        has_aux=has_aux,
     )
 
 
@@ -58,6 +67,7 @@ def asam(
     *,
     mask: Mask = None,
     scope: str = "all",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimize sharpness in the geometry of the parameters' magnitudes: adaptive SAM.
@@ -70,6 +80,7 @@ def asam(
         eta: Added to the magnitudes, so that a parameter at 0 can move.
         mask: As in `gradient_regularization`.
         scope: As in `gradient_regularization`.
+        perturb_dtype: As in `gradient_regularization`.
         has_aux: As in `gradient_regularization`.
 
     Returns:
@@ -90,7 +101,14 @@ def asam(
     References:
         Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021.
     """
-    return sam(rho, direction=directions.adaptive(eta), mask=mask, scope=scope, has_aux=has_aux)
+    return sam(
+        rho,
+        direction=directions.adaptive(eta),
+        mask=mask,
+        scope=scope,
+        perturb_dtype=perturb_dtype,
+        has_aux=has_aux,
+    )
 
 
 def layerwise_gradient_regularization(
@@ -101,6 +119,7 @@ def layerwise_gradient_regularization(
     direction: optax.GradientTransformation | None = None,
     scope: str = "masked",
     curvature: str = "finite_difference",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Penalize the norm of the gradient of a few layers only.
@@ -120,6 +139,7 @@ def layerwise_gradient_regularization(
         scope: `"masked"`, the paper's rule; `"all"` gives every leaf the gradient of
             `L + lambda ||grad_S L||`.
         curvature: As in `gradient_regularization`.
+        perturb_dtype: As in `gradient_regularization`.
         has_aux: As in `gradient_regularization`.
 
     Returns:
@@ -153,5 +173,6 @@ def layerwise_gradient_regularization(
         mask=mask,
         scope=scope,
         curvature=curvature,
+        perturb_dtype=perturb_dtype,
         has_aux=has_aux,
     )

@@ -46,6 +46,7 @@ def gradient_regularization(
     mask: Mask = None,
     scope: str = "all",
     curvature: str = "finite_difference",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Penalize the norm of the gradient.
@@ -66,9 +67,8 @@ def gradient_regularization(
     A step at which alpha is 0 evaluates no second gradient. With a mask, the second gradient can
     share with the first only what XLA finds to be the same; `gnp.value_and_grad`, which computes
     both, is cheaper. Call `update` inside the jitted step,
-    where a closure over the batch is traced with it. To accumulate gradients put `optax.MultiSteps`
-    after the transformation, never around it: around it, the perturbed gradient would be that of
-    the last micro-batch alone.
+    where a closure over the batch is traced with it. To accumulate gradients, put
+    `optax.MultiSteps` after the transformation, not around it, or see `gnp.batching`.
 
     Args:
         r: Radius of the perturbation, in the units of the parameters; a number or a schedule of
@@ -84,6 +84,9 @@ def gradient_regularization(
             `g + r H d` with the Hessian H of the loss: `g_reg = g + lambda H d`, in which r appears
             only in `lambda = alpha * r`, and which low precision does not spoil. It costs three
             to four gradients, and more memory; the loss must be twice differentiable.
+        perturb_dtype: Evaluate the perturbed loss at parameters of at least this type, such as
+            `"float32"`. By default the perturbed parameters are rounded to their own type: of
+            bfloat16, most would not move. The remedy costs a copy of the leaves that it widens.
         has_aux: Whether `value_fn` returns `(loss, aux)`; aux is dropped.
 
     Returns:
@@ -93,7 +96,8 @@ def gradient_regularization(
         TypeError: From `update`, if `value_fn` is missing or does not return a real scalar; if an
             argument is of the wrong type.
         ValueError: If a number is negative; if the mask selects nothing or does not fit the
-            parameters; if a wrapper such as `optax.masked` has taken parameters away.
+            parameters; if a wrapper such as `optax.masked` has taken parameters away, or
+            `optax.MultiSteps` is wrapped around.
 
     Example:
         >>> loss = lambda x: jnp.sum(x**2) / 2           # its gradient is x, its Hessian 1
@@ -112,9 +116,10 @@ def gradient_regularization(
     """
     _checks.check_scalar_or_schedule("r", r)
     _checks.check_scalar_or_schedule("alpha", alpha)
-    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature)
+    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature, perturb_dtype)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
+        _checks.check_not_inside_multi_steps()
         # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
         if jax.tree.leaves(params):
             _selection.selected_leaves(mask, params)
@@ -130,6 +135,7 @@ def gradient_regularization(
         value_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientRegularizationState]:
+        _checks.check_not_inside_multi_steps()
         if params is None:
             raise ValueError(
                 "Gradient regularization perturbs the parameters and needs them: "
@@ -148,7 +154,8 @@ def gradient_regularization(
             return loss_fn(parts.unite(perturbed, unperturbed))
 
         point = parts.divide(params)
-        loss = _loss.at_types(divided, *point)
+        retyped = _perturbation.is_retyped(point[0], perturb_dtype)
+        loss = divided if retyped else _loss.at_types(divided, *point)
         zeros = [_zero(g, w) for g, w in zip(grads[1], point[1], strict=True)]
 
         def ascend(g: Arrays) -> tuple[Arrays, Any]:
@@ -162,7 +169,9 @@ def gradient_regularization(
             product = _perturbation.hessian_product(loss, point, scope)
             second_pass = _perturbation.extrapolation(product, point[0], grads, radius, weight)
         else:
-            second_pass = _perturbation.finite_difference(loss, point, grads, radius, weight, scope)
+            second_pass = _perturbation.finite_difference(
+                loss, point, grads, radius, weight, scope, perturb_dtype
+            )
 
         def observe(second: _perturbation.SecondPass | None) -> _report.Report:
             return _report.report(grads, point[0], second) if second else _report.not_run(updates)

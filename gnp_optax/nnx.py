@@ -21,6 +21,7 @@ def value_and_grad(
     mask: Mask = None,
     scope: str = "all",
     curvature: str = "finite_difference",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Callable[..., tuple[Any, Any]]:
@@ -41,6 +42,7 @@ def value_and_grad(
             `gnp_optax.masks` fit as they are.
         scope: As in `gnp_optax.value_and_grad`.
         curvature: As in `gnp_optax.value_and_grad`.
+        perturb_dtype: As in `gnp_optax.value_and_grad`.
         has_aux: Whether `fun` returns `(loss, aux)`.
         wrt: Filter for the variables of `model` to differentiate; the one that the `nnx.Optimizer`
             was given.
@@ -82,6 +84,7 @@ def value_and_grad(
         mask=mask,
         scope=scope,
         curvature=curvature,
+        perturb_dtype=perturb_dtype,
         has_aux=True,
     )
 

@@ -38,6 +38,30 @@ def by_sam(wrap, **extra_args):
 gr = functools.partial(gnp.gradient_regularization, 0.1, 0.5)
 inject = optax.inject_hyperparams(gnp.gradient_regularization)
 
+
+def batch_loss(params, x, **kwargs):
+    return jnp.mean(x @ params["body"])
+
+
+def accumulated(micro_batches):
+    def fun(params, x, *args, **kwargs):
+        return batch_loss(params, x)
+
+    return gnp.batching.accumulate(fun, micro_batches)
+
+
+def grouped(m, **kwargs):
+    return gnp.batching.m_sharpness(gnp.value_and_grad(batch_loss, 0.1, 0.5), m, **kwargs)
+
+
+def _state_of_multi_steps():
+    return (
+        optax.MultiSteps(optax.identity(), 2)
+        .init(PARAMS)
+        ._replace(inner_opt_state=gnp.sam(0.1).init(PARAMS))
+    )
+
+
 CASES = {
     # Curvature, stacked layers, budgets.
     "curvature": (lambda: gr(curvature="hessian"), ValueError, "'exact'"),
@@ -125,11 +149,6 @@ CASES = {
         TypeError,
         "optax.lookahead",
     ),
-    "MultiSteps in a chain": (
-        by_sam(lambda t: optax.chain(optax.MultiSteps(t, 2).gradient_transformation())),
-        TypeError,
-        "optax.MultiSteps inside a chain",
-    ),
     "a plain GradientTransformation": (
         by_sam(lambda t: optax.chain(optax.GradientTransformation(t.init, t.update))),
         TypeError,
@@ -168,6 +187,117 @@ CASES = {
         lambda: gr().init({"count": jnp.array(1)}),
         ValueError,
         "None of the parameters is floating point",
+    ),
+    "MultiSteps around": (
+        by_sam(lambda t: optax.MultiSteps(optax.chain(t, optax.sgd(0.1)), 2)),
+        ValueError,
+        r"optax.MultiSteps is wrapped around.*accumulate\(loss_fn, k\)",
+    ),
+    "MultiSteps around, as a transformation": (
+        by_sam(lambda t: optax.MultiSteps(t, 2).gradient_transformation()),
+        ValueError,
+        "optax.MultiSteps is wrapped around",
+    ),
+    "MultiSteps in a chain, around": (
+        by_sam(lambda t: optax.chain(optax.MultiSteps(t, 2).gradient_transformation())),
+        ValueError,
+        "optax.MultiSteps is wrapped around",
+    ),
+    "MultiSteps around, state from elsewhere": (
+        lambda: optax.MultiSteps(gnp.sam(0.1), 2).update(
+            PARAMS, _state_of_multi_steps(), PARAMS, value_fn=loss
+        ),
+        ValueError,
+        "optax.MultiSteps is wrapped around",
+    ),
+    # Batches in parts.
+    "accumulate: not divisible": (
+        lambda: accumulated(3)(PARAMS, jnp.ones((4, 2))),
+        ValueError,
+        "4 examples cannot be divided into 3 micro-batches",
+    ),
+    "accumulate: batch in a closure": (
+        lambda: accumulated(2)(PARAMS),
+        ValueError,
+        r"value_fn=lambda params: loss_fn\(params, x, y\)",
+    ),
+    "accumulate: a key among the examples": (
+        lambda: accumulated(2)(PARAMS, jnp.ones((4, 2)), jax.random.key(0)),
+        ValueError,
+        r"args\[1\]: \(\)\). Pass what belongs to no example by keyword",
+    ),
+    "accumulate: labels by keyword": (
+        lambda: accumulated(2)(PARAMS, jnp.ones((4, 2)), y=jnp.ones(4)),
+        ValueError,
+        r"keyword argument \['y'\] has 4 rows, as many as the batch. Pass it by position",
+    ),
+    "accumulate: arguments of other lengths": (
+        lambda: accumulated(2)(PARAMS, jnp.ones((4, 2)), jnp.ones(3)),
+        ValueError,
+        "theirs differ",
+    ),
+    "accumulate: gradient of the inputs": (
+        lambda: jax.grad(accumulated(2), argnums=1)(PARAMS, jnp.ones((4, 2))),
+        TypeError,
+        "but not to its other arguments",
+    ),
+    "accumulate: no micro-batches": (lambda: accumulated(0), ValueError, "at least 1"),
+    "accumulate: loss per example": (
+        lambda: gnp.batching.accumulate(lambda p, x: x[:, 0], 2)(PARAMS, jnp.ones((4, 2))),
+        TypeError,
+        r"shape \(2,\)",
+    ),
+    "m_sharpness: of a loss": (
+        lambda: gnp.batching.m_sharpness(batch_loss, 2)(PARAMS, jnp.ones((4, 2))),
+        TypeError,
+        r"m_sharpness\(gnp.value_and_grad\(loss_fn, r, alpha\), m\)",
+    ),
+    "m_sharpness: m does not divide the batch": (
+        lambda: grouped(3)(PARAMS, jnp.ones((4, 2))),
+        ValueError,
+        "4 examples has no groups of 3",
+    ),
+    "m_sharpness: parallel does not divide the groups": (
+        lambda: grouped(2, parallel=3)(PARAMS, jnp.ones((4, 2))),
+        ValueError,
+        "2 groups of m=2, of which 3 at a time",
+    ),
+    "m_sharpness: has_aux without aux": (
+        lambda: grouped(2, has_aux=True)(PARAMS, jnp.ones((4, 2))),
+        TypeError,
+        "the same has_aux to both",
+    ),
+    "accumulate: an NNX module": (
+        lambda: accumulated(2)(_module(), jnp.ones((4, 2))),
+        TypeError,
+        r"nnx.split\(model, nnx.Param, ...\)",
+    ),
+    "m_sharpness: an NNX module": (
+        lambda: grouped(2)(_module(), jnp.ones((4, 2))),
+        TypeError,
+        "not an NNX module",
+    ),
+    # Types.
+    "perturb_dtype: an integer type": (
+        lambda: gr(perturb_dtype="int32"),
+        TypeError,
+        "floating-point type, such as 'float32'",
+    ),
+    "perturb_dtype: no type": (lambda: core(perturb_dtype="wide"), TypeError, "'wide'"),
+    "perturb_dtype: behind inject_hyperparams": (
+        lambda: inject(r=0.1, alpha=0.5, perturb_dtype=jnp.float32).init(PARAMS),
+        TypeError,
+        "write the name",
+    ),
+    "perturb_dtype: 64 bits": (
+        lambda: gr(perturb_dtype="float64"),
+        ValueError,
+        "jax_enable_x64",
+    ),
+    "perturb_dtype: with exact curvature": (
+        lambda: gr(perturb_dtype="float32", curvature="exact"),
+        ValueError,
+        "would have no effect",
     ),
     # The loss.
     "no value_fn": (lambda: update(gnp.sam(0.1)), TypeError, r"value_fn=loss_fn"),
@@ -338,6 +468,12 @@ CASES = {
     ),
     "an unknown name": (lambda: gnp.smaller, AttributeError, "smaller"),
 }
+
+
+def _module():
+    from flax import nnx
+
+    return nnx.Linear(2, 2, rngs=nnx.Rngs(0))
 
 
 def _frozen():

@@ -23,6 +23,8 @@ LAYERS = [
     "_paths",
     "_checks",
     "_loss",
+    "_pieces",
+    "batching",
     "_selection",
     "schedules",
     "directions",
@@ -133,17 +135,17 @@ else:
 PUBLIC = {
     "gradient_regularization": (
         "(r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "has_aux=False)"
+        "perturb_dtype=None, has_aux=False)"
     ),
-    "sam": "(rho, *, direction=None, mask=None, scope='all', has_aux=False)",
-    "asam": "(rho, eta=0.01, *, mask=None, scope='all', has_aux=False)",
+    "sam": "(rho, *, direction=None, mask=None, scope='all', perturb_dtype=None, has_aux=False)",
+    "asam": "(rho, eta=0.01, *, mask=None, scope='all', perturb_dtype=None, has_aux=False)",
     "layerwise_gradient_regularization": (
         "(r, alpha, mask, *, direction=None, scope='masked', curvature='finite_difference', "
-        "has_aux=False)"
+        "perturb_dtype=None, has_aux=False)"
     ),
     "value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "has_aux=False)"
+        "perturb_dtype=None, has_aux=False)"
     ),
     "schedules.r_warmup": "(r, warmup_steps)",
     "schedules.lambda_warmup": "(alpha, warmup_steps)",
@@ -160,10 +162,12 @@ PUBLIC = {
         "(fun, params, mask, *args, scope='all', curvature='finite_difference', has_aux=False, "
         "**kwargs)"
     ),
+    "batching.accumulate": "(fun, micro_batches, *, has_aux=False)",
+    "batching.m_sharpness": "(gradient, m, *, parallel=1, has_aux=False)",
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "has_aux=False, wrt=Param)"
+        "perturb_dtype=None, has_aux=False, wrt=Param)"
     ),
 }
 
@@ -203,7 +207,7 @@ def test_docstring_is_complete(name):
 
 def test_one_home_per_name():
     homes = {}
-    for module in (gnp, gnp.schedules, gnp.directions, gnp.masks, gnp.linen, gnp.nnx):
+    for module in (gnp, gnp.batching, gnp.schedules, gnp.directions, gnp.masks, gnp.linen, gnp.nnx):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("gnp_optax")
             if not name.startswith("_") and ours and inspect.isroutine(value):

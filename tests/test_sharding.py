@@ -24,8 +24,12 @@ assert jax.device_count() == 8
 mesh = Mesh(np.array(jax.devices()), ("data",))
 params, loss, x, y = mlp()
 
-def put(tree, spec):
+def put_on(mesh, tree, spec):
     return jax.device_put(tree, NamedSharding(mesh, spec))
+
+def put(tree, spec):
+    return put_on(mesh, tree, spec)
+
 
 def check(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
@@ -145,3 +149,114 @@ def test_prefix_sharing_with_a_sharded_batch(scope):
             assert "all-gather" not in c.as_text()
         """
     )
+
+
+def test_m_sharpness_does_not_depend_on_the_devices():
+    """The same numbers on 1, 4 and 8 devices; each computes its own groups, and the mean is summed.
+
+    One group at a time would be gathered to be divided over the devices.
+    """
+    run_on_eight_devices(
+        """
+        gradient = gnp.value_and_grad(loss, 0.1, 0.8)
+        one = gnp.batching.m_sharpness(gradient, 2)
+        expected = jax.jit(one)(params, x, y)
+        for devices in (1, 4, 8):
+            mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+            placed = put_on(mesh, params, P()), *put_on(mesh, (x, y), P("data"))
+            for parallel in {1, devices, 16}:
+                each = gnp.batching.m_sharpness(gradient, 2, parallel=parallel)
+                compiled = jax.jit(each).lower(*placed).compile()
+                check(compiled(*placed), expected)
+                if parallel >= devices:
+                    assert "all-gather" not in compiled.as_text(), (devices, parallel)
+        """
+    )
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="jax.shard_map came later")
+def test_groups_and_micro_batches_inside_shard_map():
+    run_on_eight_devices(
+        """
+        gradient = gnp.value_and_grad(loss, 0.1, 0.8)
+        accumulated = gnp.value_and_grad(gnp.batching.accumulate(loss, 2), 0.1, 0.8)
+        for local, m in ((gnp.batching.m_sharpness(gradient, 2), 2), (accumulated, 4)):
+            def mean(params, x, y):
+                params = jax.tree.map(lambda w: jax.lax.pcast(w, "data", to="varying"), params)
+                return jax.tree.map(lambda g: jax.lax.pmean(g, "data"), local(params, x, y))
+
+            specs = dict(in_specs=(P(), P("data"), P("data")), out_specs=P())
+            got = jax.jit(jax.shard_map(mean, mesh=mesh, **specs))(params, x, y)
+            check(got, jax.jit(gnp.batching.m_sharpness(gradient, m))(params, x, y))
+        """
+    )
+
+
+def test_micro_batches_of_a_sharded_batch():
+    """Every device has a share of every micro-batch: nothing of the batch is sent around."""
+    run_on_eight_devices(
+        """
+        expected = jax.jit(gnp.value_and_grad(loss, 0.1, 0.8))(params, x, y)
+        placed = put(params, P()), *put((x, y), P("data"))
+        gradient = gnp.value_and_grad(gnp.batching.accumulate(loss, 4), 0.1, 0.8)
+        compiled = jax.jit(gradient).lower(*placed).compile()
+        check(compiled(*placed), expected)
+        for sent in ("all-gather", "all-to-all", "collective-permute"):
+            assert sent not in compiled.as_text()
+        """
+    )
+
+
+def test_parameters_sharded_over_the_devices_stay_so():
+    """FSDP: the perturbed parameters are sharded as the parameters are, in every form.
+
+    A gradient gathers the parameters. A second one gathers the perturbed ones, and nothing else:
+    no norm, mixture or mask gathers any, and with prefix sharing only the suffix does again.
+    """
+    out = run_on_eight_devices(
+        """
+        seen = []
+        spec = {"body": {"kernel": P(None, "data"), "bias": P("data")},
+                "head": {"kernel": P("data", None), "bias": P()}}
+        sharded = jax.tree.map(
+            lambda s, w: put(w, s), spec, params, is_leaf=lambda s: isinstance(s, P)
+        )
+        data = put((x, y), P("data"))
+
+        def watched(params, x, y):
+            jax.tree.map(lambda w: jax.debug.inspect_array_sharding(
+                w, callback=lambda s, w=w: seen.append((w.shape, s))), params)
+            return loss(params, x, y)
+
+        forms = {
+            "plain": {},
+            "all": dict(r=0.1, alpha=0.8),
+            "exact": dict(r=0.1, alpha=0.8, curvature="exact"),
+            "head": dict(r=0.1, alpha=0.8, mask=gnp.masks.by_path("head")),
+            "masked": dict(r=0.1, alpha=0.8, mask=gnp.masks.by_path("head"), scope="masked"),
+        }
+        for name, options in forms.items():
+            def gradient(loss):
+                return gnp.value_and_grad(loss, **options) if options else jax.value_and_grad(loss)
+
+            out = None, jax.tree.map(lambda w: w.sharding, sharded)
+            step = jax.jit(gradient(loss), out_shardings=out)
+            compiled = step.lower(sharded, *data).compile()
+            value, grads = compiled(sharded, *data)
+            check(grads, jax.jit(gradient(loss))(params, x, y)[1])
+            text = compiled.as_text()
+            print(name, len(re.findall(r" all-gather(?:-start)?\\(", text)))
+        jax.jit(gnp.value_and_grad(watched, 0.1, 0.8)).lower(sharded, *data).compile()
+        by_shape = {w.shape: w.sharding for w in jax.tree.leaves(sharded)}
+        assert len(seen) >= 4
+        for shape, sharding in seen:
+            assert sharding.is_equivalent_to(by_shape[shape], len(shape)), (shape, sharding)
+        """
+    )
+    gathers = {name: int(n) for name, n in re.findall(r"(\w+) (\d+)", out)}
+    assert gathers["plain"] > 0
+    assert gathers["all"] <= 2 * gathers["plain"]
+    assert gathers["exact"] <= 2 * gathers["plain"]
+    # The head's parameters are two of four, one of them in one piece on every device.
+    assert gathers["head"] <= gathers["plain"] + 1
+    assert gathers["masked"] <= gathers["plain"] + 1

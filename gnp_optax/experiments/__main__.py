@@ -1,6 +1,6 @@
 """`python -m gnp_optax.experiments`: train, print the table, write the results.
 
-With the subcommand `cost`: measure costs instead.
+With a subcommand: measure costs (`cost`), or what low precision does (`precision`), instead.
 """
 
 import argparse
@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Sequence
 
+import jax
 import tqdm
 import tyro
 
-from gnp_optax.experiments import cost, data, report
+from gnp_optax.experiments import cost, data, devices, precision, report
 from gnp_optax.experiments.config import DEFAULTS, Config
 from gnp_optax.experiments.records import Records
 from gnp_optax.experiments.training import Trainer
@@ -27,17 +28,27 @@ def parse(args: Sequence[str]) -> Config:
 
 
 def compare(config: Config) -> str:
-    """Do all runs that are not done yet, write the results, and return the table."""
-    records = Records(config)
+    """Do all runs that are not done yet, write the results, and return the table.
+
+    Of several processes, all train and the first one writes; the others return nothing.
+    """
+    records = Records(config) if devices.is_first() else None
     # Seeds outermost: what slows the machine down for a while then slows all methods alike.
     wanted = [(method, seed) for seed in range(config.seeds) for method in config.methods]
-    missing = [run for run in wanted if run not in records.runs]
-    if len(missing) < len(wanted):
+    done = [run in records.runs for run in wanted] if records else None
+    if config.distributed:
+        done = devices.agreed(done, len(wanted))
+    missing = [run for run, is_done in zip(wanted, done or [], strict=True) if not is_done]
+    if records and len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {records.path} already.")
     if missing:
-        loaded = data.digits() if config.dataset == "digits" else data.cifar10(config.data_dir)
+        part = jax.process_index(), jax.process_count()
+        loaded = (
+            data.digits(part) if config.dataset == "digits" else data.cifar10(config.data_dir, part)
+        )
         trainer = Trainer(config, loaded)
-        with tqdm.tqdm(total=len(missing) * config.epochs, unit="epoch") as bar:
+        total = len(missing) * config.epochs
+        with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
             for method, seed in missing:
                 bar.set_description(f"{method}, seed {seed}")
                 epochs = []
@@ -45,7 +56,10 @@ def compare(config: Config) -> str:
                     epochs.append(metrics)
                     bar.set_postfix_str(f"test error {metrics['test_error']:.1f} %", refresh=False)
                     bar.update()
-                records.append((method, seed), epochs)
+                if records:
+                    records.append((method, seed), epochs)
+    if records is None:
+        return ""
     runs = {run: records.runs[run] for run in wanted}
     if note := report.selections(runs):
         print(note)
@@ -59,17 +73,21 @@ def compare(config: Config) -> str:
 
 def main() -> None:
     """Read the options and run the comparison, or the subcommand."""
-    if sys.argv[1:2] == ["cost"]:
-        cost.main(sys.argv[2:])
+    subcommands = {"cost": cost.main, "precision": precision.main}
+    if sys.argv[1:] and sys.argv[1] in subcommands:
+        subcommands[sys.argv[1]](sys.argv[2:])
         return
     start = time.perf_counter()
     try:
         config = parse(sys.argv[1:])
+        devices.connect(config)
         print(compare(config), end="")
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Finished runs are kept: start the same command again to go on.")
+    if not devices.is_first():
+        return
     minutes = (time.perf_counter() - start) / 60
     print(
         f"\nWrote table.md, curves.png and runs.jsonl to {config.folder} ({minutes:.1f} minutes)."
