@@ -103,6 +103,23 @@ def test_cifar10_reads_shards_in_order_from_a_nested_folder(folder):
     assert cifar10.train.labels.dtype == np.int32
 
 
+def test_a_part_has_every_nth_example_to_train_on_and_all_to_test_on(folder):
+    for load in (data.digits, lambda *part: data.cifar10(folder, *part)):
+        whole = load()
+        for i in range(4):
+            part = load((i, 4))
+            for got, expected in zip(part.train, whole.train, strict=True):
+                np.testing.assert_array_equal(got, expected[i::4])
+            np.testing.assert_array_equal(part.test.images, whole.test.images)
+
+
+def test_cifar10_decodes_only_its_part(folder, monkeypatch):
+    decoded, decode = [], data._decode
+    monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(1) or decode(*args))
+    data.cifar10(folder, (1, 3))
+    assert len(decoded) == 2 + 2
+
+
 def test_cifar10_reads_jpeg(folder):
     ramp = np.linspace(0, 255, 32).astype(np.uint8)
     image = np.stack([np.tile(ramp, (32, 1)), np.tile(ramp[:, None], 32), np.full((32, 32), 99)], 2)

@@ -130,6 +130,15 @@ def test_an_impossible_option_is_named(options, message):
         Config(**options)
 
 
+def test_what_a_distributed_run_is_depends_on_the_devices_and_not_on_their_addresses():
+    options = {"coordinator": "host:1", "processes": 2, "process_id": 1}
+    recipes = [
+        dataclasses.replace(TINY, distributed=distributed, **given).recipe
+        for distributed, given in ((False, {}), (True, {}), (True, options))
+    ]
+    assert recipes[1] == recipes[2] == {**recipes[0], "devices": jax.device_count()}
+
+
 def test_a_batch_larger_than_the_data_is_refused(small):
     with pytest.raises(ValueError, match="--batch-size exceeds the 64 examples"):
         Trainer(dataclasses.replace(TINY, batch_size=65), small)
