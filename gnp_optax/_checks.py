@@ -84,11 +84,15 @@ def check_perturb_dtype(dtype: Any, curvature: str) -> None:
         )
 
 
+# Told by the code that runs: to look at a frame's variables would keep them alive.
+_MULTI_STEPS = {optax.MultiSteps.init.__code__, optax.MultiSteps.update.__code__}
+
+
 def check_not_inside_multi_steps() -> None:
     """Raise where `optax.MultiSteps` calls: it hands on nothing by which it could be told."""
     frame = inspect.currentframe()
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
+        if frame.f_code in _MULTI_STEPS:
             raise ValueError(
                 "optax.MultiSteps is wrapped around the gradient regularization, which would mix "
                 "the mean gradient of all micro-batches with the perturbed gradient of the last. "

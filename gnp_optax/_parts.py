@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnp_optax import _selection
+from gnp_optax import _numerics, _selection
 
 PyTree = Any
 Arrays = list[Any]
@@ -42,6 +42,7 @@ class Parts:
                 parts[not selected].append(leaf if layers is None else leaf[layers])
         return parts
 
+    @_numerics.promoting
     def unite(self, perturbed: Arrays, unperturbed: Arrays) -> PyTree:
         """Undo `divide`."""
         sources = iter(unperturbed), iter(perturbed)

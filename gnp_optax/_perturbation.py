@@ -221,7 +221,7 @@ def perturb(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """Return `w + r d`, computed in float32 or wider and rounded to `dtype`, by default w's."""
-    wide = _numerics.widen(w)
+    wide = jnp.asarray(w, perturbed_type(_numerics.widen(w), dtype))
     step = jnp.asarray(r, _numerics.real(wide.dtype)) * jnp.asarray(d, wide.dtype)
     return _numerics.round_to(wide + step, jnp.result_type(w) if dtype is None else dtype)
 

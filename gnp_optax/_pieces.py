@@ -39,6 +39,7 @@ def mean_loss(
         (values, aux), sums = summed(lambda x: gradient(inexact, others, x), inexact, parts)
         return (mean(values), aux), [total / len(values) for total in sums]
 
+    @_numerics.promoting
     def backward(grads: Arrays, cotangents: Any) -> tuple[Arrays | None, None, None]:
         cotangent, _ = cotangents
         if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
@@ -121,12 +122,16 @@ def batch_size(name: str, args: Any, kwargs: Any) -> int:
             f"example by keyword: loss_fn(params, x, y, key=key)."
         )
     size = max(size for size in sizes if size is not None)
-    for path, shape in _shapes(kwargs).items():
-        if shape[:1] == (size,) and size > 1:
+    if size == 0:
+        raise ValueError(f"gnp.batching.{name} was given an empty batch.")
+    for keyword, x in kwargs.items():
+        # Not what is in a tree (statistics, a teacher), and not a key made of two integers.
+        has_rows = isinstance(x, (jax.Array, np.ndarray)) and x.shape[:1] == (size,)
+        if has_rows and size > 1 and x.dtype != jnp.uint32:
             raise ValueError(
                 f"gnp.batching.{name} splits positional arguments only, but the keyword argument "
-                f"{path} has {size} rows, as many as the batch. Pass it by position. If "
-                f"its rows are not examples, close over it."
+                f"{keyword!r} has {size} rows, as many as the batch. Pass it by position. If its "
+                f"rows are not examples, close over it."
             )
     return size
 

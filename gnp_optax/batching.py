@@ -38,7 +38,8 @@ def accumulate(
     micro-batches.) Micro-batch i consists of the examples i, i + micro_batches, ...: when a batch
     is sharded over devices, each device has a share of every micro-batch.
     Gradients are added up in float32 or wider. If the loss is scaled, for float16, scale it inside
-    `fun`.
+    `fun`. Call it inside the jitted step. Inside `jax.shard_map`, let the parameters vary first
+    (`jax.lax.pcast`), or take the mean over the devices inside `fun`.
 
     Args:
         fun: Loss `fun(params, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
@@ -47,10 +48,11 @@ def accumulate(
             key of its own in each, pass one key for each example: `jax.random.split(key, batch)`.
         micro_batches: How many; it must divide the number of examples.
         has_aux: Whether `fun` returns `(loss, aux)`. aux comes back with a new first axis, one row
-            for each micro-batch.
+            for each micro-batch; its leaves must be arrays or numbers.
 
     Returns:
-        A function with the signature of `fun`, differentiable with respect to the parameters.
+        A function with the signature of `fun`, differentiable with respect to the parameters, in
+        reverse mode first. What `fun` closes over can't be differentiated: put it among them.
 
     Raises:
         TypeError: If `fun` does not return a real scalar; if an argument that is not the parameters
@@ -113,7 +115,7 @@ def m_sharpness(
     Groups are computed one after the other, in the memory of one. Over N devices that share the
     batch, or where there is memory for it, compute N of them at a time: `parallel=N`. Group i
     consists of the examples from `i * m` on; the groups at work at the same time are spread evenly
-    over the batch, so that each device computes its own.
+    over the batch, so that each device computes its own. Call it inside the jitted step.
 
     Args:
         gradient: `gnp.value_and_grad(loss, r, alpha, ...)`: a function of
@@ -125,7 +127,7 @@ def m_sharpness(
         parallel: How many groups are computed at the same time, by `jax.vmap`; it must divide the
             number of groups. Memory grows with it.
         has_aux: Whether `gradient` returns `((value, aux), grads)`. aux comes back with a new first
-            axis, one row for each group.
+            axis, one row for each group; its leaves must be arrays or numbers.
 
     Returns:
         A function with the signature of `gradient` that returns the means over the groups of value
@@ -168,6 +170,9 @@ def m_sharpness(
             return _checked(gradient(params, *group, **kwargs), params, has_aux)
 
         def of_groups(groups: Any) -> tuple[tuple[jax.Array, Any], PyTree]:
+            if parallel == 1:  # without `vmap`, which not every loss goes through
+                found, grads = of_group(jax.tree.map(lambda x: x[0], groups))
+                return jax.tree.map(lambda x: jnp.asarray(x)[None], found), grads
             found, grads = jax.vmap(of_group)(groups)
             return found, jax.tree.map(lambda g: _numerics.widen(g).sum(0), grads)
 

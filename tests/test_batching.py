@@ -142,6 +142,30 @@ def test_gradients_add_up_in_float32():
     assert grad(jnp.ones((), jnp.bfloat16), x) == 1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_strict_promotion(dtype):
+    w, x = jnp.ones(2, dtype), jnp.ones((4, 2), dtype)
+
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    with jax.numpy_dtype_promotion("strict"):
+        got = jax.grad(batching.accumulate(loss, 2))(w, x)
+        grouped = batching.m_sharpness(regularized(loss), 2)(w, x)[1]
+    assert (got.dtype, grouped.dtype) == (w.dtype, w.dtype)
+    np.testing.assert_array_equal(got, jax.grad(loss)(w, x))
+
+
+def test_what_is_in_a_tree_given_by_keyword_is_not_taken_for_examples():
+    def loss(w, x, *, teacher, key):
+        return jnp.mean(x @ (w - teacher["w"])) + 0 * jax.random.normal(key)
+
+    given = {"teacher": {"w": jnp.zeros(2)}, "key": jax.random.PRNGKey(0)}
+    w, x = jnp.ones(2), jnp.arange(4.0).reshape(2, 2)
+    got = jax.grad(batching.accumulate(loss, 2))(w, x, **given)
+    np.testing.assert_allclose(got, jax.grad(loss)(w, x, **given))
+
+
 # m-sharpness
 
 
@@ -176,6 +200,15 @@ def test_groups_are_neighbours_and_aux_is_in_their_order():
         (value, aux), grad = gradient(2.0, jnp.arange(8.0))
         assert (value, grad) == (7.0, 3.5)
         np.testing.assert_array_equal(aux, jnp.arange(8.0).reshape(4, 2))
+
+
+def test_one_group_at_a_time_needs_no_vmap():
+    def loss(w, x):
+        seen = jax.ShapeDtypeStruct((), x.dtype)
+        return jnp.mean(x * w) + jax.pure_callback(lambda x: x.sum(), seen, x)
+
+    value, grad = batching.m_sharpness(regularized(loss), 2)(1.0, jnp.arange(4.0))
+    assert (value, grad) == (4.5, 1.5)
 
 
 def test_groups_of_micro_batches(x64):

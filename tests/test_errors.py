@@ -1,6 +1,8 @@
 """Misuse: every message says what is wrong and what to write instead."""
 
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -229,12 +231,17 @@ CASES = {
     "accumulate: labels by keyword": (
         lambda: accumulated(2)(PARAMS, jnp.ones((4, 2)), y=jnp.ones(4)),
         ValueError,
-        r"keyword argument \['y'\] has 4 rows, as many as the batch. Pass it by position",
+        "keyword argument 'y' has 4 rows, as many as the batch. Pass it by position",
     ),
     "accumulate: arguments of other lengths": (
         lambda: accumulated(2)(PARAMS, jnp.ones((4, 2)), jnp.ones(3)),
         ValueError,
         "theirs differ",
+    ),
+    "accumulate: no examples": (
+        lambda: accumulated(2)(PARAMS, jnp.ones((0, 2))),
+        ValueError,
+        "an empty batch",
     ),
     "accumulate: gradient of the inputs": (
         lambda: jax.grad(accumulated(2), argnums=1)(PARAMS, jnp.ones((4, 2))),
@@ -511,3 +518,21 @@ def test_flatten_around_adds_a_note_to_the_error_of_the_loss():
         update(optax.flatten(gnp.sam(0.1)), value_fn=named_loss)
     (note,) = [note for note in caught.value.__notes__ if "optax.flatten" in note]
     assert "optax.chain(gnp.gradient_regularization(r, alpha), optax.flatten(...))" in note
+
+
+def test_what_called_us_is_not_kept_alive():
+    """To find `MultiSteps` around, the callers are looked at, but not their variables."""
+
+    def train():
+        batch = jnp.zeros(1000)
+        kept = weakref.ref(batch)
+        update(gnp.sam(0.1), value_fn=loss)
+        del batch
+        gc.collect()
+        return kept() is not None
+
+    assert not train()
+    with jax.checking_leaks():
+        jax.jit(lambda p: update(gnp.sam(0.1), jax.tree.map(lambda w: w * 2, p), value_fn=loss))(
+            PARAMS
+        )

@@ -96,6 +96,15 @@ def test_asam_takes_it():
     assert state.perturbation_norm != rounded.perturbation_norm
 
 
+def test_float64_moves_what_float32_can_not(x64):
+    params, loss = problem("float32")
+    tx = gnp.gradient_regularization(1e-9, 1.0, perturb_dtype="float64")
+    _, state = through_transformation(tx, loss, params)
+    np.testing.assert_allclose(state.perturbation_norm, 1e-9, rtol=1e-6)
+    _, state = through_transformation(gnp.gradient_regularization(1e-9, 1.0), loss, params)
+    assert state.perturbation_norm < 5e-10  # only what starts from 0 moves
+
+
 @jax.jit
 def scaled_step(params, opt_state, scale, overflow):
     """The step of the README: float16 with Flax's dynamic scale."""
