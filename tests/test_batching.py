@@ -102,7 +102,7 @@ def test_a_loss_in_micro_batches_is_evaluated_without_a_gradient():
     params, loss, x, y = mlp()
     value = jax.jit(batching.accumulate(loss, 4))
     np.testing.assert_allclose(value(params, x, y), loss(params, x, y), rtol=1e-6)
-    assert _flops.flops(value, params, x, y) < 0.5 * _flops.flops(jax.grad(loss), params, x, y)
+    assert _flops.flops(value, params, x, y) < 0.7 * _flops.flops(jax.grad(loss), params, x, y)
 
 
 def test_parameters_that_need_no_gradient_and_arguments_that_are_not_split(x64):
