@@ -79,6 +79,20 @@ def two_layers():
     return params, loss, x, y
 
 
+MASK = {"a": False, "b": True}  # of two_matrices
+
+
+def two_matrices():
+    """Parameters and inputs of `two_matrices_loss`, in the default precision."""
+    rng = np.random.default_rng(0)
+    a, b, x = (jnp.asarray(rng.normal(size=shape)) for shape in [(3, 3), (3, 3), (4, 3)])
+    return {"a": a, "b": b}, x
+
+
+def two_matrices_loss(params, x):
+    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]))
+
+
 def through_transformation(tx, loss, params, **kwargs):
     """The regularized gradient and the state after one update of a transformation."""
     has_aux = kwargs.pop("has_aux", False)

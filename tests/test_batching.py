@@ -32,6 +32,17 @@ def assert_close(got, expected, rtol=1e-10):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol, 1e-13), got, expected)
 
 
+def counting(loss):
+    """The loss, and the number of examples in each of its passes."""
+    passes = []
+
+    def counted(params, x, y):
+        jax.debug.callback(lambda _: passes.append(len(x)), x[0, 0])
+        return loss(params, x, y)
+
+    return counted, passes
+
+
 def problem():
     params, loss, x, y = mlp(dtype=jnp.float64)
     return params, loss, x, y
@@ -63,12 +74,7 @@ def test_micro_batches_in_the_transformation(x64):
 
 def test_k_micro_batches_take_2_k_passes_and_no_operation_more():
     params, loss, x, y = mlp()
-    passes = []
-
-    def counted(params, x, y):
-        jax.debug.callback(lambda _: passes.append(len(x)), x[0, 0])
-        return loss(params, x, y)
-
+    counted, passes = counting(loss)
     jax.jit(regularized(batching.accumulate(counted, 4)))(params, x, y)
     jax.effects_barrier()
     if jax.__version_info__ >= (0, 7):  # before, JAX drops the callbacks of a custom derivative
@@ -220,12 +226,7 @@ def test_groups_of_micro_batches(x64):
 
 def test_m_sharpness_shares_the_prefix():
     params, loss, x, y = mlp()
-    passes = []
-
-    def counted(params, x, y):
-        jax.debug.callback(lambda _: passes.append(len(x)), x[0, 0])
-        return loss(params, x, y)
-
+    counted, passes = counting(loss)
     gradient = batching.m_sharpness(regularized(counted, mask=gnp.masks.by_path("head")), 8)
     jax.jit(gradient)(params, x, y)
     jax.effects_barrier()

@@ -9,23 +9,13 @@ import optax
 import pytest
 from jax import lax
 from jax.experimental import checkify, io_callback
+from problems import MASK, two_matrices
+from problems import two_matrices_loss as loss
 from unshared import assert_same_tree, unshared
 
 import gnp_optax as gnp
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-MASK = {"a": False, "b": True}
-
-
-def problem():
-    rng = np.random.default_rng(0)
-    a, b, x = (jnp.asarray(rng.normal(size=shape)) for shape in [(3, 3), (3, 3), (4, 3)])
-    return {"a": a, "b": b}, x
-
-
-def loss(params, x):
-    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]))
 
 
 def shared(fun, r=0.1, alpha=0.7, mask=MASK, scope="all", **kwargs):
@@ -57,7 +47,7 @@ SHARED, AGAIN = ["data", "shared", "still shared"], ["perturbed", "behind it"]
 
 
 def log_of_one_step(call, jit=False, **kwargs):
-    params, x = problem()
+    params, x = two_matrices()
     log = []
 
     def note(name, x):
@@ -103,7 +93,7 @@ def test_without_a_second_pass_every_effect_happens_once(call):
 
 
 def test_effects_in_a_scan_over_layers_happen_once_for_each_shared_layer(capfd):
-    params = {"w": jnp.stack([problem()[0]["a"]] * 3)}
+    params = {"w": jnp.stack([two_matrices()[0]["a"]] * 3)}
 
     def fun(params):
         def step(h, layer):
@@ -111,7 +101,7 @@ def test_effects_in_a_scan_over_layers_happen_once_for_each_shared_layer(capfd):
             jax.debug.print("{}", i)
             return jnp.tanh(h @ w), None
 
-        return lax.scan(step, problem()[1], (jnp.arange(3), params["w"]))[0].sum()
+        return lax.scan(step, two_matrices()[1], (jnp.arange(3), params["w"]))[0].sum()
 
     def printed(compute):
         compute(params)
@@ -124,7 +114,7 @@ def test_effects_in_a_scan_over_layers_happen_once_for_each_shared_layer(capfd):
 
 
 def test_stopped_values_cross_the_cut_into_a_loop_and_a_callback():
-    params, x = problem()
+    params, x = two_matrices()
     seen = []
 
     def fun(p):
@@ -153,7 +143,7 @@ def test_stopped_values_cross_the_cut_into_a_loop_and_a_callback():
 )
 def test_an_infinite_derivative_that_no_gradient_reaches_is_not_pulled_back(suffix):
     """0 times infinity would be NaN."""
-    params, x = problem()
+    params, x = two_matrices()
     params = {**params, "zero": jnp.zeros(3)}
 
     def fun(p):
@@ -163,7 +153,7 @@ def test_an_infinite_derivative_that_no_gradient_reaches_is_not_pulled_back(suff
 
 
 def test_an_infinite_derivative_of_aux_is_not_pulled_back():
-    params, x = problem()
+    params, x = two_matrices()
     params = {**params, "zero": jnp.zeros(3)}
 
     def fun(p):
@@ -175,7 +165,7 @@ def test_an_infinite_derivative_of_aux_is_not_pulled_back():
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_custom_derivative_may_hold_a_value_of_the_loss(jit):
     """It can't be differentiated once the loss has been traced, so nothing is shared."""
-    params, x = problem()
+    params, x = two_matrices()
 
     def fun(p):
         scale = jnp.log(jnp.abs(x)).sum()
@@ -194,7 +184,7 @@ LOOPS = {
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_custom_derivative_in_a_loop_may_hold_a_value_of_the_loss(loop):
-    params, x = problem()
+    params, x = two_matrices()
 
     def fun(p):
         scale = jnp.log(jnp.abs(x) + 1).sum()
@@ -207,7 +197,7 @@ def test_a_custom_derivative_in_a_loop_may_hold_a_value_of_the_loss(loop):
 
 @pytest.mark.parametrize("where", ["both passes", "backward pass"])
 def test_a_batch_in_a_custom_derivative_does_not_hinder_sharing(where):
-    params, x = problem()
+    params, x = two_matrices()
     log = []
 
     def step(p, x):
@@ -228,7 +218,7 @@ def test_a_batch_in_a_custom_derivative_does_not_hinder_sharing(where):
 
 
 def test_a_function_that_frees_its_argument_is_not_run_twice():
-    params, x = problem()
+    params, x = two_matrices()
     twice = jax.jit(lambda m: m * 2, donate_argnums=0)
     check(lambda p: jnp.sum(jnp.tanh(x @ p["a"]) @ p["b"] * twice(jnp.sin(x))), params)
 
@@ -253,12 +243,12 @@ def test_a_function_that_frees_its_argument_is_not_run_twice():
     ],
 )  # fmt: skip
 def test_python_may_use_values(factor):
-    params, x = problem()
+    params, x = two_matrices()
     check(lambda p: factor(p, x) * loss(p, x), params)
 
 
 def test_the_log_tells_why_nothing_is_shared(caplog):
-    params, x = problem()
+    params, x = two_matrices()
     with caplog.at_level("DEBUG", logger="gnp_optax"):
         shared(lambda p: loss(p, x))(params)
         assert not caplog.records
@@ -267,7 +257,7 @@ def test_the_log_tells_why_nothing_is_shared(caplog):
 
 
 def test_disable_jit():
-    params, x = problem()
+    params, x = two_matrices()
     with jax.disable_jit():
         check(jax.jit(loss), params, x)
 
@@ -282,7 +272,7 @@ def test_disable_jit():
     ],
 )
 def test_debugging_options(option):
-    params, x = problem()
+    params, x = two_matrices()
     jax.config.update(option, True)
     try:
         check(jax.checkpoint(loss), params, x)
@@ -291,7 +281,7 @@ def test_debugging_options(option):
 
 
 def test_an_error_of_the_loss_is_raised_as_it_is():
-    params, x = problem()
+    params, x = two_matrices()
     with pytest.raises(ZeroDivisionError):
         shared(lambda p: loss(p, x) * (1 / 0))(params)
 
@@ -330,7 +320,7 @@ AROUND = {
     [*((name, True) for name in AROUND), ("vmap over data", False), ("grad", False)],
 )
 def test_inside_another_transformation(name, jit):
-    params, x = problem()
+    params, x = two_matrices()
     results = []
     for compute in (gnp.value_and_grad, unshared):
         given = functools.partial(compute, mask=MASK)
@@ -343,7 +333,7 @@ def test_scan_over_steps_with_donated_arguments():
     results = []
     for compute in (shared, plain):
         tx = optax.adam(0.1)
-        params, x = problem()
+        params, x = two_matrices()
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def train(params, state, x, compute=compute, tx=tx):
@@ -360,7 +350,7 @@ def test_scan_over_steps_with_donated_arguments():
 
 
 def test_a_loss_that_closes_over_traced_arrays_of_its_surroundings():
-    params, x = problem()
+    params, x = two_matrices()
 
     def outer(x, s, compute):
         y = jnp.sin(x) * s
@@ -382,7 +372,7 @@ def test_a_loss_that_closes_over_traced_arrays_of_its_surroundings():
 
 
 def test_collectives_under_vmap():
-    params, x = problem()
+    params, x = two_matrices()
 
     def mean_loss(p, x):
         h = jnp.tanh(x @ p["a"])
@@ -407,7 +397,7 @@ def shard_map(fun, **kwargs):
 
 @pytest.mark.parametrize("around", [False, True])
 def test_shard_map_inside_and_around(around):
-    params, x = problem()
+    params, x = two_matrices()
     spec = jax.sharding.PartitionSpec
     in_specs = (spec(), spec("batch"))
 
@@ -424,7 +414,7 @@ def test_shard_map_inside_and_around(around):
 
 
 def test_checkify_finds_what_it_checks():
-    params, x = problem()
+    params, x = two_matrices()
 
     def checked(p):
         checkify.check(p["a"].sum() < 100, "large")
@@ -440,7 +430,7 @@ def test_checkify_finds_what_it_checks():
 @pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this version has no mutable arrays")
 @pytest.mark.parametrize("jit", [False, True])
 def test_mutable_arrays(jit):
-    params, x = problem()
+    params, x = two_matrices()
     count = jax.new_ref(jnp.zeros((), int))
 
     def fun(p):

@@ -8,23 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from problems import MASK, two_matrices
+from problems import two_matrices_loss as loss
 from unshared import assert_same_tree, unshared
 
 import gnp_optax as gnp
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-MASK = {"a": False, "b": True}
-
-
-def problem():
-    rng = np.random.default_rng(0)
-    a, b, x = (jnp.asarray(rng.normal(size=shape)) for shape in [(3, 3), (3, 3), (4, 3)])
-    return {"a": a, "b": b}, x
-
-
-def loss(params, x):
-    return jnp.sum(jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]))
 
 
 def check(fun, params, mask, scope="all", has_aux=False, jit=False, rtol=1e-12):
@@ -82,7 +72,7 @@ AUX = {
 
 @pytest.mark.parametrize("kind", AUX)
 def test_aux_comes_back_as_it_is(kind):
-    params, x = problem()
+    params, x = two_matrices()
 
     def fun(p):
         h = jnp.tanh(x @ p["a"])
@@ -112,12 +102,12 @@ def test_value_and_aux_are_as_weakly_typed_as_without_regularization():
 
 @pytest.mark.parametrize("constant", [1.0, np.float32(1.0), jnp.asarray(1.0)])
 def test_a_constant_loss(constant):
-    check(lambda p: constant, problem()[0], MASK)
+    check(lambda p: constant, two_matrices()[0], MASK)
 
 
 @pytest.mark.parametrize("ignored", ["a", "b"])
 def test_a_loss_that_ignores_a_leaf(ignored):
-    params, x = problem()
+    params, x = two_matrices()
     check(lambda p: loss({**p, ignored: jnp.ones((3, 3))}, x), params, MASK)
 
 
@@ -130,7 +120,7 @@ def test_a_leaf_as_the_loss(name):
 
 
 def test_leaves_of_every_kind():
-    params, x = problem()
+    params, x = two_matrices()
     params = {
         **params,
         "scalar": jnp.asarray(2.0),
@@ -154,7 +144,7 @@ def test_leaves_of_every_kind():
 
 def test_leaves_of_lower_precision():
     """They round when a cotangent is pulled back, so that it matters what is mixed."""
-    params, x = problem()
+    params, x = two_matrices()
     params = {"a": params["a"].astype(jnp.float32), "b": params["b"].astype(jnp.bfloat16)}
     check(lambda p: loss(p, x), params, MASK, rtol=1e-2)
     check(lambda p: loss(p, x), params, {"a": True, "b": False}, rtol=1e-2)
@@ -186,18 +176,18 @@ def test_a_weakly_typed_leaf_keeps_the_types_of_the_program(mask):
 
 
 def test_the_same_array_in_two_leaves():
-    a, x = problem()[0]["a"], problem()[1]
+    a, x = two_matrices()[0]["a"], two_matrices()[1]
     check(lambda p: loss(p, x), {"a": a, "b": a}, MASK)
 
 
 def test_constants_of_the_program():
-    params, x = problem()
+    params, x = two_matrices()
     table = np.linspace(-1, 1, 9).reshape(3, 3)
     check(lambda p: loss({"a": p["a"] + params["b"], "b": p["b"] * table}, x), params, MASK)
 
 
 def test_halves_of_a_checkpoint():
-    params, x = problem()
+    params, x = two_matrices()
 
     def block(p, h):
         h = jnp.tanh(jnp.tanh(h @ p["a"]) @ p["b"])
@@ -250,7 +240,7 @@ def test_exact_curvature_survives_a_cut_between_bfloat16_activations(alpha):
 @pytest.mark.parametrize("scope", ["all", "masked"])
 @pytest.mark.parametrize("mask", [MASK, {"a": True, "b": False}, None])
 def test_exact_curvature_is_the_gradient_of_the_penalized_loss(mask, scope):
-    params, x = problem()
+    params, x = two_matrices()
     selected = [name for name in params if mask is None or mask[name]]
 
     def penalized(p):
@@ -286,7 +276,7 @@ def block(h, layer):
 
 
 def run(params, body=block, cast=lambda x: x, **kwargs):
-    x = problem()[1]
+    x = two_matrices()[1]
     layers = jax.tree.map(cast, {name: params[name] for name in "wb"})
     h, ys = lax.scan(body, cast(jnp.tanh(x @ params["first"])), layers, **kwargs)
     return jnp.sum(h.astype(float) ** 2) + jnp.sum(jnp.cos(ys[0].astype(float))), ys
