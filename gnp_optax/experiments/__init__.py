@@ -1,5 +1,6 @@
 """A comparison of plain training, gradient regularization, SAM and layer-wise regularization.
 
 Run it with `python -m gnp_optax.experiments`; `--help` explains every option. What each method
-costs is measured by `python -m gnp_optax.experiments cost`.
+costs is measured by `python -m gnp_optax.experiments cost`, and what low precision does to the
+perturbation by `python -m gnp_optax.experiments precision`.
 """

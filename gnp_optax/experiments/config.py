@@ -29,8 +29,9 @@ class Config:
     Prints a table, and writes it, a figure and every metric of every epoch under --out. A run that
     has finished is never repeated: after an interruption, start the same command again.
 
-    Another command measures what each method costs, in FLOPs, time and memory, on larger models:
-    `python -m gnp_optax.experiments cost`; add --help for its options.
+    Two more commands measure: `python -m gnp_optax.experiments cost`, what each method costs, in
+    FLOPs, time and memory, on larger models; `python -m gnp_optax.experiments precision`, what low
+    precision does to the perturbation. Add --help for their options.
     """
 
     dataset: Dataset = "digits"
@@ -110,10 +111,10 @@ class Config:
         )
         for name in (*counts, "probe_examples", "learning_rate", "clip_norm", "r"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{_option(name)} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"{option(name)} must be positive, got {getattr(self, name)}.")
         for name in ("alpha", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{_option(name)} must not be negative: {getattr(self, name)}.")
+                raise ValueError(f"{option(name)} must not be negative: {getattr(self, name)}.")
         if self.budget is not None and not 1 < self.budget < math.inf:
             raise ValueError(f"--budget must be more than 1, a plain step, got {self.budget}.")
         if not 0 <= self.dropout < 1:
@@ -125,11 +126,11 @@ class Config:
         known = set(self.methods) <= set(get_args(Method))
         if not self.methods or not known or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods must be some of {get_args(Method)}, each of them once.")
-        given = [_option(name) for name in _CONNECTION if getattr(self, name) is not None]
+        given = [option(name) for name in _CONNECTION if getattr(self, name) is not None]
         if given and not self.distributed:
             raise ValueError(f"{', '.join(given)} is for --distributed, which is missing.")
         if given and len(given) < len(_CONNECTION):
-            wanted = ", ".join(map(_option, _CONNECTION))
+            wanted = ", ".join(map(option, _CONNECTION))
             raise ValueError(
                 f"Of {wanted} give all or none: with {', '.join(given)} alone they can't be found."
             )
@@ -171,7 +172,8 @@ DEFAULTS: dict[str, Config] = {
 }
 
 
-def _option(name: str) -> str:
+def option(name: str) -> str:
+    """Return a field's name as it is written on the command line."""
     return "--" + name.replace("_", "-")
 
 

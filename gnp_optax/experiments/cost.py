@@ -17,6 +17,7 @@ import tqdm
 import tyro
 
 from gnp_optax.experiments import cost_report
+from gnp_optax.experiments.config import option
 from gnp_optax.experiments.cost_measurement import Cost, Program, Programs, seconds_per_round
 from gnp_optax.experiments.cost_methods import Scope, Step, layerwise, methods
 from gnp_optax.experiments.records import environment
@@ -56,8 +57,7 @@ class CostConfig:
         """Check the values."""
         for name in ("batch_size", "steps"):
             if getattr(self, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise ValueError(f"{option} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"{option(name)} must be positive, got {getattr(self, name)}.")
         length = self.sequence_length
         if length is not None and self.model != "gpt2-small":
             raise ValueError(f"--sequence-length is for --model gpt2-small, not {self.model}.")

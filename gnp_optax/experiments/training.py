@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import gnp_optax as gnp
-from gnp_optax.experiments.config import Config, Method, regularization
+from gnp_optax.experiments.config import Config, Method, option, regularization
 from gnp_optax.experiments.data import Data, Split
 from gnp_optax.experiments.devices import Devices
 from gnp_optax.experiments.model import ViT
@@ -43,7 +43,7 @@ class Trainer:
         for name in ("batch_size", "probe_examples"):
             if getattr(config, name) % devices.count:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} must be a multiple of the {devices.count} devices."
+                    f"{option(name)} must be a multiple of the {devices.count} devices."
                 )
         # Of shape (device, example, ...), as a batch is of (device, example, ...).
         self.train = devices.divide(data.train)
