@@ -1,6 +1,6 @@
 """What prefix sharing needs of JAX's intermediate representation, by its public interface."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -111,14 +111,14 @@ def is_cheap(eqn: core.JaxprEqn) -> bool:
 
 def inner_jaxprs(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     """Return the jaxprs of the functions that an equation calls."""
-    found: list[core.Jaxpr] = []
+    # Closed or not: newer versions of JAX make no difference.
+    inner = (getattr(x, "jaxpr", x) for x in _parameters(eqn))
+    return [jaxpr for jaxpr in inner if isinstance(jaxpr, core.Jaxpr)]
+
+
+def _parameters(eqn: core.JaxprEqn) -> Iterator[Any]:
     for param in eqn.params.values():
-        for x in param if isinstance(param, (tuple, list)) else (param,):
-            # Closed or not: newer versions of JAX make no difference.
-            inner = getattr(x, "jaxpr", x)
-            if isinstance(inner, core.Jaxpr):
-                found.append(inner)
-    return found
+        yield from param if isinstance(param, (tuple, list)) else (param,)
 
 
 def constants(closed: core.ClosedJaxpr) -> list[Any]:
@@ -128,9 +128,8 @@ def constants(closed: core.ClosedJaxpr) -> list[Any]:
     while left:
         for eqn in left.pop().eqns:
             found.extend(v.val for v in eqn.invars if isinstance(v, core.Literal))
-            for param in eqn.params.values():
-                for x in param if isinstance(param, (tuple, list)) else (param,):
-                    found.extend(getattr(x, "consts", ()))
+            for param in _parameters(eqn):
+                found.extend(getattr(param, "consts", ()))
             left.extend(inner_jaxprs(eqn))
     return found
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gnp_optax import _checks, _numerics, _selection, directions
+from gnp_optax import _checks, _loss, _numerics, _selection, directions
 
 Arrays = list[Any]
 Point = tuple[Arrays, Arrays]  # what is perturbed, and the rest
@@ -116,7 +116,8 @@ def finite_difference(
             perturb(w, d, r, perturbed_type(w, dtype))
             for w, d in zip(perturbed, direction, strict=True)
         ]
-        value, tilde = gradient(loss, (moved, others), scope)
+        typed = loss if is_retyped(perturbed, dtype) else _loss.at_types(loss, *point)
+        value, tilde = gradient(typed, (moved, others), scope)
         mixed = _combined(lambda g, t: mix(g, t, alpha), grads, tilde)
         return SecondPass(value, moved, tilde, _filled(mixed, grads))
 

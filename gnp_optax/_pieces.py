@@ -15,9 +15,9 @@ Arrays = list[Any]
 
 
 def mean_loss(
-    of_part: Callable[..., tuple[jax.Array, Any]], inexact: Arrays
-) -> Callable[..., tuple[jax.Array, Any]]:
-    """Return the mean of the losses of the parts, which is differentiated part by part."""
+    of_part: Callable[..., tuple[jax.Array, Any]], inexact: Arrays, others: Arrays, parts: PyTree
+) -> tuple[jax.Array, Any]:
+    """Return the mean of `of_part(inexact, others, part)`, differentiated part by part, and aux."""
     dtypes = [jnp.result_type(w) for w in inexact]
 
     def total(inexact: Arrays, others: Arrays, parts: PyTree) -> tuple[jax.Array, Any]:
@@ -49,7 +49,8 @@ def mean_loss(
 
     differentiable = jax.custom_vjp(total)
     differentiable.defvjp(forward, backward, symbolic_zeros=True)
-    return differentiable
+    found: tuple[jax.Array, Any] = differentiable(inexact, others, parts)
+    return found
 
 
 def _is_primal(x: Any) -> bool:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from gnp_optax import _jaxprs, _loss, _numerics, _opening
+from gnp_optax import _jaxprs, _numerics, _opening
 from gnp_optax._perturbation import Loss
 
 Arrays = list[Any]
@@ -47,7 +47,7 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     a branch, a custom derivative) are left whole. Where there is nothing to share, or the loss
     can't be traced before it is differentiated, or has mutable state, the prefix is empty.
     """
-    whole = uncut(_loss.at_types(loss, perturbed, unperturbed))
+    whole = uncut(loss)
     # To differentiate integers is an error, which JAX explains.
     if not unperturbed or not all(map(_numerics.is_inexact, unperturbed)):
         return whole

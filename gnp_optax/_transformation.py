@@ -66,9 +66,9 @@ def gradient_regularization(
     Keyword arguments of `update` that `value_fn` names are forwarded to it; others are ignored.
     A step at which alpha is 0 evaluates no second gradient. With a mask, the second gradient can
     share with the first only what XLA finds to be the same; `gnp.value_and_grad`, which computes
-    both, is cheaper. Call `update` inside the jitted step,
-    where a closure over the batch is traced with it. To accumulate gradients, put
-    `optax.MultiSteps` after the transformation, not around it, or see `gnp.batching`.
+    both, is cheaper. Call `update` inside the jitted step, where a closure over the batch is traced
+    with it. To accumulate gradients, put `optax.MultiSteps` after the transformation, not around
+    it, or see `gnp.batching`.
 
     Args:
         r: Radius of the perturbation, in the units of the parameters; a number or a schedule of
@@ -150,12 +150,10 @@ def gradient_regularization(
         parts = _parts.Parts(mask, params)
         grads = parts.divide(updates)
 
-        def divided(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
+        def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
             return loss_fn(parts.unite(perturbed, unperturbed))
 
         point = parts.divide(params)
-        retyped = _perturbation.is_retyped(point[0], perturb_dtype)
-        loss = divided if retyped else _loss.at_types(divided, *point)
         zeros = [_zero(g, w) for g, w in zip(grads[1], point[1], strict=True)]
 
         def ascend(g: Arrays) -> tuple[Arrays, Any]:

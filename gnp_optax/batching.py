@@ -37,6 +37,7 @@ def accumulate(
     batch. (Prefix sharing does not reach into it: it would have to keep the activations of all
     micro-batches.) Micro-batch i consists of the examples i, i + micro_batches, ...: when a batch
     is sharded over devices, each device has a share of every micro-batch.
+
     Gradients are added up in float32 or wider. If the loss is scaled, for float16, scale it inside
     `fun`. Call it inside the jitted step. Inside `jax.shard_map`, let the parameters vary first
     (`jax.lax.pcast`), or take the mean over the devices inside `fun`.
@@ -90,7 +91,7 @@ def accumulate(
             return with_aux(jax.tree.unflatten(structure, filled), *part, **kwargs)
 
         inexact = _pieces.only(leaves, differentiable, True)
-        value, aux = _pieces.mean_loss(of_part, inexact)(inexact, others, parts)
+        value, aux = _pieces.mean_loss(of_part, inexact, others, parts)
         return (value, jax.lax.stop_gradient(aux)) if has_aux else value
 
     return accumulated
