@@ -16,15 +16,18 @@ from PIL import Image
 import gnp_optax as gnp
 from gnp_optax.experiments import __main__, data, report
 from gnp_optax.experiments.__main__ import compare, parse
-from gnp_optax.experiments.config import DEFAULTS, Config, Method, regularization
+from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.methods import STANDARD, Method, regularization, selection
+from gnp_optax.experiments.recipes import RECIPES
 from gnp_optax.experiments.records import Records
 from gnp_optax.experiments.training import Trainer
 
-METHODS = get_args(Method)
+METHODS = STANDARD
 STEPS_PER_EPOCH = 4
 METRICS = {
     *("method", "seed", "epoch", "train_loss", "test_error", "gradient_norm", "sharpness"),
     *("gradients_per_step", "seconds_per_step", "perturbed_layers"),
+    *("test_loss", "layer_norms", "early"),
 }
 TINY = Config(
     seeds=2,
@@ -78,23 +81,35 @@ def formulas(method, config, steps, warmup_steps):
     r, alpha = np.full(steps, config.r), np.full(steps, config.alpha)
     return {
         "plain": (r, 0.0 * t),
-        "gr": (r, alpha),
         "gr-r-warmup": (r * ramp, alpha),
         "gr-lambda-warmup": (r, alpha * ramp),
         "gr-zero-warmup": (r, alpha * (t >= warmup_steps)),
         "sam": (r, np.ones(steps)),
-        "layerwise": (r, alpha),
-    }[method]
+    }.get(method, (r, alpha))
 
 
 # Options.
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 4])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
     expected = np.stack(formulas(method, TINY, 10, warmup_steps), axis=1)
-    np.testing.assert_allclose(regularization(TINY, method, 10, warmup_steps), expected, rtol=1e-6)
+    found = regularization(method, TINY.r, TINY.alpha, 10, warmup_steps)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("gr", None),
+        ("layerwise", (3, 1.5)),
+        ("layerwise-8", (8, None)),
+        ("layerwise-budget", (None, 1.5)),
+    ],
+)
+def test_a_layerwise_method_has_its_number_of_layers_and_budget(method, expected):
+    assert selection(method, layers=3, budget=1.5) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,6 +136,10 @@ def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
         ({"methods": ("sam", "sam")}, "--methods must .* each of them once"),
         ({"methods": ("typo",)}, "--methods must be some of"),
         ({"data_dir": "somewhere"}, "--data-dir is for --dataset cifar10"),
+        ({"methods": ("layerwise-budget",)}, "layerwise-budget needs --budget"),
+        ({"m": 5}, "--m must divide --batch-size"),
+        ({"train_examples": 0}, "--train-examples must be positive"),
+        ({"dataset": "text"}, "--dataset text and --model gpt belong together"),
         ({"coordinator": "host:1234"}, "--coordinator is for --distributed, which is missing"),
         ({"distributed": True, "processes": 2}, "give all or none: with --processes alone"),
     ],
@@ -133,7 +152,7 @@ def test_an_impossible_option_is_named(options, message):
 def test_what_a_distributed_run_is_depends_on_the_devices_and_not_on_their_addresses():
     options = {"coordinator": "host:1", "processes": 2, "process_id": 1}
     recipes = [
-        dataclasses.replace(TINY, distributed=distributed, **given).recipe
+        dataclasses.replace(TINY, distributed=distributed, **given).options
         for distributed, given in ((False, {}), (True, {}), (True, options))
     ]
     assert recipes[1] == recipes[2] == {**recipes[0], "devices": jax.device_count()}
@@ -150,10 +169,12 @@ def test_a_patch_that_does_not_divide_the_image_is_refused(small, patch_size):
         Trainer(dataclasses.replace(TINY, patch_size=patch_size), small)
 
 
-@pytest.mark.parametrize("name", sorted(TINY.recipe))
+@pytest.mark.parametrize("name", sorted(TINY.options))
 def test_an_option_that_changes_runs_changes_the_folder(name):
-    special = {"dataset": "cifar10", "dropout": 0.5, "budget": 1.2}
-    value = special.get(name) or TINY.recipe[name] * 2
+    special = {"dataset": "cifar10", "dropout": 0.5, "budget": 1.2, "train_examples": 32, "m": 4}
+    special |= {"optimizer": "sgd", "decay": "steps", "model": "resnet", "class_token": True}
+    special |= {"head": "normal", "dtype": "bfloat16"}
+    value = special.get(name) or TINY.options[name] * 2
     changed = dataclasses.replace(TINY, **{"epochs": 8, name: value})
     assert changed.folder != dataclasses.replace(TINY, epochs=8).folder
 
@@ -165,23 +186,39 @@ def test_an_option_that_only_chooses_runs_keeps_the_folder():
 def test_out_is_the_folder_and_no_part_of_the_recipe(tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path)
     assert config.folder == tmp_path
-    assert config.recipe == TINY.recipe
+    assert config.options == TINY.options
 
 
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
         ([], Config()),
-        (["--dataset", "cifar10"], DEFAULTS["cifar10"]),
+        (["--dataset", "cifar10"], RECIPES["cifar10"]),
         (
-            ["--epochs", "9", "--dataset=cifar10"],
-            dataclasses.replace(DEFAULTS["cifar10"], epochs=9),
+            ["--epochs", "15", "--dataset=cifar10"],
+            dataclasses.replace(RECIPES["cifar10"], epochs=15, warmup_epochs=2),
         ),
+        (
+            ["--recipe", "vit-ti", "--epochs=30", "--optimizer", "rmsprop"],
+            dataclasses.replace(
+                RECIPES["vit-ti"],
+                recipe="vit-ti",
+                epochs=30,
+                warmup_epochs=4,
+                optimizer="rmsprop",
+            ),
+        ),
+        (["--epochs", "30", "--warmup-epochs", "2"], Config(warmup_epochs=2)),
         (["--methods", "plain", "sam"], Config(methods=("plain", "sam"))),
     ],
 )
-def test_the_data_set_decides_the_defaults(args, expected):
+def test_recipe_and_data_set_decide_the_defaults(args, expected):
     assert parse(args) == expected
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match=r"--recipe must be one of digits, .*, got 'vit-xl'"):
+        parse(["--recipe", "vit-xl"])
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch):
@@ -260,7 +297,7 @@ def test_a_file_of_another_program_is_refused(tmp_path, line):
 
 
 def test_an_option_that_is_gone_is_named(tmp_path):
-    header = {"options": {**TINY.recipe, "momentum": 0.9}}
+    header = {"options": {**TINY.options, "momentum": 0.9}}
     (tmp_path / "runs.jsonl").write_text(json.dumps(header) + "\n")
     with pytest.raises(ValueError, match=r"momentum 0\.9 instead of None"):
         Records(dataclasses.replace(TINY, out=tmp_path))
@@ -275,7 +312,7 @@ def test_a_figure_of_errors_that_are_all_zero(tmp_path):
 def test_the_first_line_holds_the_options_and_the_versions(finished):
     config, _ = finished
     header = lines(config)[0]
-    assert header["options"] == config.recipe
+    assert header["options"] == config.options
     libraries = {"jax": jax, "optax": optax, "flax": flax}
     assert {n: header["versions"][n] for n in libraries} == {
         name: library.__version__ for name, library in libraries.items()
@@ -368,9 +405,9 @@ def started(monkeypatch, small):
     """The runs that are started during a test."""
     runs, run = [], Trainer.run
 
-    def counted(self, method, seed):
+    def counted(self, method, seed, checkpoint):
         runs.append((method, seed))
-        return run(self, method, seed)
+        return run(self, method, seed, checkpoint)
 
     monkeypatch.setattr(data, "digits", lambda part: small)
     monkeypatch.setattr(Trainer, "run", counted)
@@ -383,8 +420,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_numbers(
     config = dataclasses.replace(TINY, methods=("gr", "sam"), out=tmp_path)
     counted = Trainer.run
 
-    def interrupted(self, method, seed):
-        epochs = counted(self, method, seed)
+    def interrupted(self, method, seed, checkpoint):
+        epochs = counted(self, method, seed, checkpoint)
         yield next(epochs)
         if len(started) == 3:
             raise KeyboardInterrupt
@@ -413,7 +450,7 @@ def test_a_run_cut_short_on_file_is_done_again(finished, started, tmp_path, monk
     config = dataclasses.replace(finished[0], out=tmp_path)
     path, whole = tmp_path / "runs.jsonl", lines(finished[0])
 
-    def replayed(self, method, seed):
+    def replayed(self, method, seed, _):
         started.append((method, seed))
         return (e for e in whole[1:] if (e["method"], e["seed"]) == (method, seed))
 

@@ -13,17 +13,25 @@ import tqdm
 import tyro
 
 from gnp_optax.experiments import cost, data, devices, precision, report
-from gnp_optax.experiments.config import DEFAULTS, Config
+from gnp_optax.experiments.checkpoints import Checkpoint
+from gnp_optax.experiments.config import Config, option
+from gnp_optax.experiments.recipes import RECIPES, of_epochs
 from gnp_optax.experiments.records import Records
 from gnp_optax.experiments.training import Trainer
 
 
 def parse(args: Sequence[str]) -> Config:
-    """Read the options; which data set it is decides the defaults of the others."""
+    """Read the options; the recipe, or else the data set, decides the defaults of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dataset")
-    dataset = parser.parse_known_args(args)[0].dataset
-    default = DEFAULTS.get(dataset, DEFAULTS["digits"])
+    for name in ("recipe", "dataset", "epochs"):
+        parser.add_argument(option(name))
+    given = parser.parse_known_args(args)[0]
+    name = given.recipe or (given.dataset if given.dataset in RECIPES else "digits")
+    if name not in RECIPES:
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
+    default = RECIPES[name]
+    if (given.epochs or "").isdigit() and int(given.epochs) > 0:
+        default = of_epochs(default, int(given.epochs))
     return tyro.cli(Config, prog="python -m gnp_optax.experiments", args=args, default=default)
 
 
@@ -43,21 +51,22 @@ def compare(config: Config) -> str:
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {records.path} already.")
     if missing:
         part = jax.process_index(), jax.process_count()
-        loaded = (
-            data.digits(part) if config.dataset == "digits" else data.cifar10(config.data_dir, part)
-        )
-        trainer = Trainer(config, loaded)
+        trainer = Trainer(config, _load(config, part))
         total = len(missing) * config.epochs
         with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
             for method, seed in missing:
                 bar.set_description(f"{method}, seed {seed}")
+                # Of several processes, not all may see the folder.
+                checkpoint = None if config.distributed else Checkpoint(config, (method, seed))
                 epochs = []
-                for metrics in trainer.run(method, seed):
+                for metrics in trainer.run(method, seed, checkpoint):
                     epochs.append(metrics)
                     bar.set_postfix_str(f"test error {metrics['test_error']:.1f} %", refresh=False)
                     bar.update()
                 if records:
                     records.append((method, seed), epochs)
+                if checkpoint:
+                    checkpoint.remove()
     if records is None:
         return ""
     runs = {run: records.runs[run] for run in wanted}
@@ -69,6 +78,16 @@ def compare(config: Config) -> str:
     title = f"ViT on {config.dataset}, {band}"
     report.figure(runs, title, config.warmup_epochs, config.folder / "curves.png")
     return table
+
+
+def _load(config: Config, part: tuple[int, int]) -> data.Data:
+    match config.dataset:
+        case "digits":
+            return data.digits(part)
+        case "cifar10":
+            return data.cifar10(config.data_dir, part)
+        case "text":
+            return data.text(config.data_dir, config.length, part)
 
 
 def main() -> None:
@@ -85,7 +104,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Interrupted. Finished runs are kept: start the same command again to go on.")
+        sys.exit("Interrupted. What is done is kept: start the same command again to go on.")
     if not devices.is_first():
         return
     minutes = (time.perf_counter() - start) / 60

@@ -1,4 +1,4 @@
-"""The options of the comparison, and the methods that it compares."""
+"""The options of the comparison."""
 
 import dataclasses
 import hashlib
@@ -8,40 +8,41 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
-import optax
 
-from gnp_optax import schedules
+from gnp_optax.experiments.methods import STANDARD, Method
 
-Dataset = Literal["digits", "cifar10"]
-Method = Literal[
-    "plain", "gr", "gr-r-warmup", "gr-lambda-warmup", "gr-zero-warmup", "sam", "layerwise"
-]
-
+Dataset = Literal["digits", "cifar10", "text"]
+Model = Literal["vit", "resnet", "wide-resnet", "gpt"]
 
 _CONNECTION = ("coordinator", "processes", "process_id")
+# What is no part of a run: where the results go, how many runs there are, how they are kept.
+_AROUND = ("recipe", "data_dir", "methods", "seeds", "out", "distributed", "checkpoint_minutes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Train a small Vision Transformer, with AdamW and warmup, once per method and seed.
+    """Train a model once per method and seed, and compare.
 
-    Prints a table, and writes it, a figure and every metric of every epoch under --out. A run that
-    has finished is never repeated: after an interruption, start the same command again.
+    Prints a table, and writes it, figures and every metric of every epoch under --out. A run that
+    has finished is never repeated, and one that was interrupted goes on from its last checkpoint:
+    start the same command again.
 
     Two more commands measure: `python -m gnp_optax.experiments cost`, what each method costs, in
     FLOPs, time and memory, on larger models; `python -m gnp_optax.experiments precision`, what low
     precision does to the perturbation. Add --help for their options.
     """
 
+    recipe: str | None = None
+    """A named setting, such as vit-ti or resnet20, of all options below; those given beside it
+    change it. Add --help to see it. Without one: that of the name of the data set."""
     dataset: Dataset = "digits"
-    """scikit-learn's 8x8 digits (offline), or CIFAR-10. It decides the defaults below: add --help
-    to --dataset cifar10 to see those of CIFAR-10."""
+    """scikit-learn's 8x8 digits (offline), CIFAR-10, or the characters of a text."""
     data_dir: Path | None = None
-    """Folder with CIFAR-10 as Parquet files. Without it: uoft-cs/cifar10 from the Hugging Face
-    hub."""
-    methods: tuple[Method, ...] = get_args(Method)
-    """Methods to compare. Times are relative to plain."""
+    """Folder with CIFAR-10 as Parquet files (without it: uoft-cs/cifar10 from the Hugging Face
+    hub), or with the text as *.txt files."""
+    methods: tuple[Method, ...] = STANDARD
+    """Methods to compare. Times are relative to plain. layerwise penalizes --layers layers within
+    --budget, layerwise-4 any 4, layerwise-budget as many as fit in --budget."""
     seeds: int = 3
     """Runs per method; a seed sets initialisation, order of examples, augmentation, dropout."""
     distributed: bool = False
@@ -56,17 +57,26 @@ class Config:
     """Number of this process, from 0."""
     out: Path | None = None
     """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
+    checkpoint_minutes: float = 5.0
+    """How often an unfinished run is saved, at the end of an epoch, so that it can go on."""
 
     epochs: int = 30
     """Passes over the training set."""
     warmup_epochs: int = 6
-    """Length of the learning-rate warmup and of the regularization's three warmups."""
+    """Length of the learning-rate warmup and of the regularization's three warmups. Where --epochs
+    is given alone, this keeps its share of it."""
     batch_size: int = 32
     """Examples per step."""
+    train_examples: int | None = None
+    """Use only the first so many training examples."""
+    optimizer: Literal["adamw", "rmsprop", "sgd"] = "adamw"
+    """AdamW; RMSProp (decay 0.9) with decoupled weight decay; SGD with momentum 0.9."""
     learning_rate: float = 8e-3
-    """Peak of the learning rate, after a linear warmup from 0 and before a cosine to 0."""
+    """Peak of the learning rate, after a linear warmup from 0."""
+    decay: Literal["cosine", "steps"] = "cosine"
+    """After the warmup: a cosine to 0, or a tenth after 2/3 and after 8/9 of the training."""
     weight_decay: float = 0.3
-    """Decoupled weight decay of AdamW."""
+    """Weight decay: decoupled, for SGD coupled."""
     clip_norm: float = 5.0
     """Largest norm of the gradient that the optimizer sees."""
 
@@ -74,6 +84,8 @@ class Config:
     """Radius of the perturbation (the r of GR, the rho of SAM), and of the reported sharpness."""
     alpha: float = 0.8
     """Weight of the perturbed gradient in GR, lambda / r. That of SAM is 1."""
+    m: int | None = None
+    """Examples that a perturbation is computed from (m-sharpness). Without it: the whole batch."""
     layers: int = 4
     """Layers that layer-wise GR penalizes: those of largest gradient norm, selected every epoch."""
     budget: float | None = None
@@ -83,42 +95,32 @@ class Config:
     """Largest number of selections in a run of layer-wise GR, since each is compiled. When it is
     reached, a selection that is new is not taken, and the one before stays."""
 
+    model: Model = "vit"
+    """Vision Transformer; ResNet and WideResNet of 32x32 images; GPT, for text."""
     patch_size: int = 2
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels, of a Vision Transformer."""
+    length: int = 128
+    """Characters of a training example, of a text."""
     width: int = 32
-    """Width of the transformer."""
+    """Width of a transformer, or of a ResNet's first stage."""
     depth: int = 2
-    """Transformer blocks."""
+    """Blocks of a transformer, or of each stage of a ResNet."""
     heads: int = 2
     """Attention heads."""
     dropout: float = 0.0
-    """Dropout rate of the residual branches."""
+    """Dropout rate of a transformer: of residual branches, attention weights and embeddings."""
+    class_token: bool = False
+    """Classify by an extra token, as the first Vision Transformer did, not by the tokens' mean."""
+    head: Literal["zero", "normal"] = "zero"
+    """How the head of a Vision Transformer starts. While it is zero, so are all other gradients."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the layers compute in; parameters and optimizer state are float32."""
     probe_examples: int = 256
     """Training examples that measure gradient norm and sharpness and select layers."""
 
     def __post_init__(self) -> None:
         """Check the values."""
-        counts = (
-            "seeds",
-            "epochs",
-            "batch_size",
-            "layers",
-            "selections",
-            "patch_size",
-            "width",
-            "depth",
-            "heads",
-        )
-        for name in (*counts, "probe_examples", "learning_rate", "clip_norm", "r"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{option(name)} must be positive, got {getattr(self, name)}.")
-        for name in ("alpha", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{option(name)} must not be negative: {getattr(self, name)}.")
-        if self.budget is not None and not 1 < self.budget < math.inf:
-            raise ValueError(f"--budget must be more than 1, a plain step, got {self.budget}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("--dropout must lie in [0, 1).")
+        _check_numbers(self)
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError("--warmup-epochs must be less than --epochs, and not negative.")
         if self.width % self.heads:
@@ -126,6 +128,10 @@ class Config:
         known = set(self.methods) <= set(get_args(Method))
         if not self.methods or not known or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods must be some of {get_args(Method)}, each of them once.")
+        if "layerwise-budget" in self.methods and self.budget is None:
+            raise ValueError("The method layerwise-budget needs --budget, such as 1.25.")
+        if self.m is not None and self.batch_size % self.m:
+            raise ValueError("--m must divide --batch-size.")
         given = [option(name) for name in _CONNECTION if getattr(self, name) is not None]
         if given and not self.distributed:
             raise ValueError(f"{', '.join(given)} is for --distributed, which is missing.")
@@ -135,41 +141,27 @@ class Config:
                 f"Of {wanted} give all or none: with {', '.join(given)} alone they can't be found."
             )
         if self.dataset == "digits" and self.data_dir is not None:
-            raise ValueError("--data-dir is for --dataset cifar10; the digits come with the code.")
+            raise ValueError(
+                "--data-dir is for --dataset cifar10 and text; the digits come with the code."
+            )
+        if (self.dataset == "text") != (self.model == "gpt"):
+            raise ValueError("--dataset text and --model gpt belong together.")
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What determines a run: neither where the results go nor how many runs there are."""
-        recipe = dataclasses.asdict(self)
-        for name in ("data_dir", "methods", "seeds", "out", "distributed", *_CONNECTION):
-            del recipe[name]
+        options = dataclasses.asdict(self)
+        for name in (*_AROUND, *_CONNECTION):
+            del options[name]
         if self.distributed:  # the order of the examples depends on it
-            recipe["devices"] = jax.device_count()
-        return recipe
+            options["devices"] = jax.device_count()
+        return options
 
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        digest = hashlib.sha256(json.dumps(self.recipe, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.options, sort_keys=True).encode()).hexdigest()
         return self.out or Path("results") / f"{self.dataset}-{digest[:8]}"
-
-
-# On digits: learning rate and weight decay chosen for plain training, r and alpha the papers'.
-DEFAULTS: dict[str, Config] = {
-    "digits": Config(),
-    "cifar10": Config(
-        dataset="cifar10",
-        epochs=60,
-        warmup_epochs=8,
-        batch_size=128,
-        learning_rate=1e-3,
-        patch_size=4,
-        width=96,
-        depth=6,
-        heads=3,
-        probe_examples=1024,
-    ),
-}
 
 
 def option(name: str) -> str:
@@ -177,26 +169,20 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def regularization(config: Config, method: Method, steps: int, warmup_steps: int) -> jax.Array:
-    """Return the radius and the weight of every step of a run, as an array of shape (steps, 2)."""
-    r: optax.ScalarOrSchedule = config.r
-    alpha: optax.ScalarOrSchedule = config.alpha
-    match method:
-        case "plain":
-            alpha = 0.0
-        case "sam":
-            alpha = 1.0
-        case "gr-r-warmup":
-            r = schedules.r_warmup(config.r, warmup_steps)
-        case "gr-lambda-warmup":
-            alpha = schedules.lambda_warmup(config.alpha, warmup_steps)
-        case "gr-zero-warmup":
-            alpha = schedules.zero_warmup(config.alpha, warmup_steps)
-        case "gr" | "layerwise":
-            pass
-
-    def at(step: jax.Array) -> jax.Array:
-        pair = [value(step) if callable(value) else value for value in (r, alpha)]
-        return jnp.stack([jnp.asarray(value, jnp.float32) for value in pair])
-
-    return jax.vmap(at)(jnp.arange(steps))
+def _check_numbers(config: Config) -> None:
+    positive = (
+        *("seeds", "epochs", "batch_size", "layers", "selections", "patch_size", "length", "width"),
+        *("depth", "heads", "probe_examples", "learning_rate", "clip_norm", "r"),
+        *("train_examples", "m"),
+    )
+    for name in positive:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{option(name)} must be positive, got {value}.")
+    for name in ("alpha", "weight_decay", "checkpoint_minutes"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{option(name)} must not be negative: {getattr(config, name)}.")
+    if config.budget is not None and not 1 < config.budget < math.inf:
+        raise ValueError(f"--budget must be more than 1, a plain step, got {config.budget}.")
+    if not 0 <= config.dropout < 1:
+        raise ValueError("--dropout must lie in [0, 1).")

@@ -13,24 +13,33 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class Split(NamedTuple):
-    """Examples: images of shape (n, height, width, channels), uint8, and labels of shape (n,)."""
+    """Examples, uint8: images of shape (n, height, width, channels), or texts of shape (n, length).
+
+    The labels have the shape (n,), or for every character the one that follows: (n, length).
+    """
 
     images: jax.Array
     labels: jax.Array
 
 
 class Data(NamedTuple):
-    """A data set; pixels are normalised to `(pixel / scale - mean) / std`, per channel."""
+    """A data set; pixels are normalised to `(pixel / scale - mean) / std`, per channel.
+
+    Those of a text, which has no `mean`, are the numbers of its characters.
+    """
 
     train: Split
     test: Split
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augmented: bool
+    classes: int = 10
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augmented: bool = False
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """Turn uint8 pixels into float32 of about zero mean and unit variance."""
+        if not self.mean:
+            return images.astype(jnp.int32)
         mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
         return (images.astype(jnp.float32) / self.scale - mean) / std
 
@@ -66,7 +75,7 @@ def digits(part: tuple[int, int] = (0, 1)) -> Data:
     train_images, test_images, train_labels, test_labels = map(jnp.asarray, splits)
     train = Split(train_images[part[0] :: part[1]], train_labels[part[0] :: part[1]])
     test = Split(test_images, test_labels)
-    return Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,), augmented=False)
+    return Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,))
 
 
 def cifar10(data_dir: Path | None, part: tuple[int, int] = (0, 1)) -> Data:
@@ -87,6 +96,42 @@ def cifar10(data_dir: Path | None, part: tuple[int, int] = (0, 1)) -> Data:
         raise FileNotFoundError(f"--data-dir: there is no folder {folder}.")
     train, test = _read_split(folder, "train", part), _read_split(folder, "test", (0, 1))
     return Data(train, test, scale=255.0, mean=CIFAR10_MEAN, std=CIFAR10_STD, augmented=True)
+
+
+def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> Data:
+    """Load a text as examples of `length` characters; the last tenth of it is for testing.
+
+    Args:
+        data_dir: A folder with `*.txt` files, which are joined in the order of their names.
+        length: Characters of an example.
+        part: As in `cifar10`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or no text in it.
+        ValueError: If the text is too short, or has more than 256 different characters.
+    """
+    files = sorted(data_dir.glob("*.txt")) if data_dir else []
+    if not files:
+        raise FileNotFoundError(
+            f"--dataset text needs --data-dir, a folder with *.txt: {data_dir}."
+        )
+    characters = list("".join(file.read_text() for file in files))
+    vocabulary, numbers = np.unique(characters, return_inverse=True)
+    if len(vocabulary) > 256:
+        raise ValueError(f"The text has {len(vocabulary)} different characters, more than 256.")
+    test_start = len(numbers) * 9 // 10
+
+    def examples(numbers: np.ndarray) -> Split:
+        count = (len(numbers) - 1) // length
+        if count < 1:
+            raise ValueError(f"A text of {len(characters)} characters is too short.")
+        rows = numbers.astype(np.uint8)
+        inputs, targets = (rows[i : i + count * length].reshape(count, length) for i in (0, 1))
+        return Split(jnp.asarray(inputs), jnp.asarray(targets))
+
+    train, test = examples(numbers[:test_start]), examples(numbers[test_start:])
+    train = Split(*(x[part[0] :: part[1]] for x in train))
+    return Data(train, test, classes=len(vocabulary))
 
 
 def _download() -> Path:

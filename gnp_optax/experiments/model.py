@@ -22,7 +22,12 @@ class Block(nn.Module):
         mask = nn.make_causal_mask(jnp.ones((1, x.shape[1]))) if self.causal else None
         y = nn.LayerNorm(dtype=self.dtype, name="norm_1")(x)
         y = nn.MultiHeadDotProductAttention(
-            num_heads=self.heads, dtype=self.dtype, name="attention"
+            num_heads=self.heads,
+            dtype=self.dtype,
+            dropout_rate=self.dropout,
+            broadcast_dropout=False,
+            deterministic=not train,
+            name="attention",
         )(y, y, mask=mask)
         x = x + nn.Dropout(self.dropout, deterministic=not train)(y)
         y = nn.LayerNorm(dtype=self.dtype, name="norm_2")(x)
@@ -34,7 +39,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer: patches, learned positions, pre-norm blocks, mean over the tokens.
 
-    The head starts at zero, as in the reference implementations.
+    With `class_token`, the output of an extra token in place of the mean. The head starts at zero,
+    as in the reference implementations, or with `zero_head=False` as other layers do.
     """
 
     classes: int
@@ -43,6 +49,8 @@ class ViT(nn.Module):
     depth: int
     heads: int
     dropout: float = 0.0
+    class_token: bool = False
+    zero_head: bool = True
     dtype: Any = None
 
     @nn.compact
@@ -65,14 +73,18 @@ class ViT(nn.Module):
                 self.width, size, strides=size, padding="VALID", dtype=self.dtype, name="patches"
             )(x)
             x = x.reshape(x.shape[0], -1, self.width)
+            if self.class_token:
+                token = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
+                token = jnp.broadcast_to(token.astype(x.dtype), (x.shape[0], 1, self.width))
+                x = jnp.concatenate([token, x], axis=1)
             positions = self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
             x = x + positions.astype(x.dtype)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for i in range(start or 0, self.depth if stop is None else stop):
             x = Block(self.heads, self.dropout, dtype=self.dtype, name=f"block_{i}")(x, train)
         if stop is not None:
             return x
-        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x).mean(axis=1)
-        head = nn.Dense(
-            self.classes, kernel_init=nn.initializers.zeros, dtype=self.dtype, name="head"
-        )
-        return head(x)
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        x = x[:, 0] if self.class_token else x.mean(axis=1)
+        init = nn.initializers.zeros if self.zero_head else nn.initializers.lecun_normal()
+        return nn.Dense(self.classes, kernel_init=init, dtype=self.dtype, name="head")(x)

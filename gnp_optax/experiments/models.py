@@ -142,6 +142,7 @@ class GPT(nn.Module):
     width: int
     depth: int
     heads: int
+    dropout: float = 0.0
     dtype: Any = None
 
     @nn.compact
@@ -162,8 +163,10 @@ class GPT(nn.Module):
             positions = self.param("positions", normal, (self.context, self.width))
             x = embedding(x)
             x = x + positions[: x.shape[1]].astype(x.dtype)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for i in range(start or 0, self.depth if stop is None else stop):
-            x = Block(self.heads, causal=True, dtype=self.dtype, name=f"block_{i}")(x, train)
+            block = Block(self.heads, self.dropout, True, self.dtype, name=f"block_{i}")
+            x = block(x, train)
         if stop is not None:
             return x
         return embedding.attend(nn.LayerNorm(dtype=self.dtype, name="norm")(x))

@@ -11,7 +11,8 @@ import jax
 import optax
 
 from gnp_optax import __version__
-from gnp_optax.experiments.config import Config, Method
+from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.methods import Method
 
 Metrics = dict[str, Any]
 Run = tuple[Method, int]
@@ -32,7 +33,7 @@ class Records:
         lines = _read(self.path)
         if lines and not (isinstance(lines[0], dict) and "options" in lines[0]):
             raise ValueError(f"{self.path} was not written by this program. Choose another --out.")
-        if lines and lines[0]["options"] != config.recipe:
+        if lines and lines[0]["options"] != config.options:
             raise ValueError(
                 f"{self.path} was made with other options: {_differences(lines[0], config)}. "
                 f"Choose another folder with --out, or remove that one."
@@ -43,7 +44,7 @@ class Records:
             run: epochs for run, epochs in self.runs.items() if len(epochs) == config.epochs
         }
         self.runs = complete
-        header = lines[0] if lines else {"options": config.recipe, **environment()}
+        header = lines[0] if lines else {"options": config.options, **environment()}
         _write(self.path, [header, *(line for epochs in complete.values() for line in epochs)])
 
     def append(self, run: Run, epochs: list[Metrics]) -> None:
@@ -77,7 +78,7 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:
-    made, asked = header["options"], config.recipe
+    made, asked = header["options"], config.options
     names = [name for name in {**made, **asked} if made.get(name) != asked.get(name)]
     return ", ".join(f"{n} {made.get(n)!r} instead of {asked.get(n)!r}" for n in names)
 

@@ -20,6 +20,11 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "gr-zero-warmup": ("GR + zero-warmup", "#009E73", (0, (1, 1))),
     "sam": ("SAM", "#0072B2", "-"),
     "layerwise": ("layer-wise GR", "#56B4E9", (0, (5, 1))),
+    "layerwise-1": ("layer-wise GR, 1 layer", "#56B4E9", (0, (1, 2))),
+    "layerwise-2": ("layer-wise GR, 2 layers", "#E69F00", (0, (3, 1, 1, 1))),
+    "layerwise-4": ("layer-wise GR, 4 layers", "#CC79A7", (0, (5, 1))),
+    "layerwise-8": ("layer-wise GR, 8 layers", "#009E73", (0, (8, 2))),
+    "layerwise-budget": ("layer-wise GR, budget", "#882255", (0, (2, 1))),
 }
 COLUMNS = (
     "method",

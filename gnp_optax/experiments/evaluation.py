@@ -1,0 +1,75 @@
+"""What is measured of a run: at the end of an epoch, and at some of its steps."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gnp_optax as gnp
+from gnp_optax import _numerics, _paths
+from gnp_optax._moments import adaptive_statistics
+from gnp_optax.experiments.data import Split
+from gnp_optax.experiments.networks import Network, Params
+
+Floats = dict[str, Any]
+
+
+class Evaluation:
+    """The compiled measurements at the end of an epoch."""
+
+    def __init__(self, network: Network, r: float, test: Split, replicated: Any) -> None:
+        self.network = network
+        self.r = r
+        self._examples: Any = jax.tree.map(np.asarray, test)
+        jit = functools.partial(jax.jit, out_shardings=replicated)
+        self._test, self._probe = jit(network.test), jit(self._measure)
+
+    def test(self, state: Any) -> Floats:
+        """Return test error in percent, and test loss."""
+        error, loss = self._test(state.params, state.statistics, self._examples)
+        return {"test_error": float(error), "test_loss": float(loss)}
+
+    def probe(self, state: Any, probe: Split) -> tuple[Params, Floats]:
+        """Return the gradient on the probe, and `||g||` and `L(theta + r g/||g||) - L` there.
+
+        And the norm of the gradient for each layer.
+        """
+        grads, (norm, sharpness, layers) = self._probe(state.params, state.statistics, probe)
+        return grads, {
+            "gradient_norm": float(norm),
+            "sharpness": float(sharpness),
+            "layer_norms": {name: float(norm) for name, norm in layers.items()},
+        }
+
+    def _measure(self, params: Params, statistics: Any, probe: Split) -> tuple[Params, Any]:
+        def loss(params: Params) -> jax.Array:
+            return self.network.test_loss(params, statistics, probe)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        ascent = gnp.sam(self.r)
+        seen: Any
+        _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
+        by_layer: dict[str, list[jax.Array]] = {}
+        for path, leaf in zip(_paths.leaf_paths(grads), jax.tree.leaves(grads), strict=True):
+            by_layer.setdefault(_paths.layer_of(path), []).append(leaf)
+        norms = {name: _numerics.norm(leaves) for name, leaves in by_layer.items()}
+        return grads, (seen.grad_norm, seen.perturbed_loss - value, norms)
+
+
+def early_statistics(
+    optimizer: str, is_sampled: jax.Array, grads: Params, opt_state: optax.OptState
+) -> dict[str, jax.Array]:
+    """Return the norm of the regularized gradient, and the statistics of an adaptive optimizer.
+
+    NaN where the step is none of those that are sampled: there they are not computed.
+    """
+
+    def measure() -> dict[str, jax.Array]:
+        found = {"gradient_norm": optax.tree.norm(grads)}
+        return found if optimizer == "sgd" else found | adaptive_statistics(opt_state)._asdict()
+
+    missing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
+    return jax.lax.cond(is_sampled, measure, lambda: missing)

@@ -1,0 +1,36 @@
+"""Optimizers and their learning rates."""
+
+import optax
+
+from gnp_optax.experiments.config import Config
+
+
+def learning_rate(config: Config, steps: int, warmup_steps: int) -> optax.Schedule:
+    """Linear from 0 over the warmup, then a cosine to 0, or a tenth at 2/3 and at 8/9 of it all."""
+    peak = config.learning_rate
+    if config.decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps)
+    # The boundaries count from the end of the warmup.
+    tenths = {max(steps * part // 9 - warmup_steps, 0): 0.1 for part in (6, 8)}
+    constant = optax.piecewise_constant_schedule(peak, tenths)
+    if not warmup_steps:
+        return constant
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, constant], [warmup_steps])
+
+
+def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer, behind a clip of the gradient's norm.
+
+    Weight decay is decoupled in AdamW and RMSProp. SGD adds it to the (regularized) gradient.
+    """
+    decay = optax.add_decayed_weights(config.weight_decay)
+    step = optax.scale_by_learning_rate(schedule)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    match config.optimizer:
+        case "adamw":
+            return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+        case "rmsprop":
+            return optax.chain(clip, optax.scale_by_rms(decay=0.9), decay, step)
+        case "sgd":
+            return optax.chain(clip, decay, optax.trace(decay=0.9), step)

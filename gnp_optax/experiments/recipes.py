@@ -1,0 +1,139 @@
+"""Named settings: the papers', and smaller ones."""
+
+import dataclasses
+
+from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.methods import Method
+
+_WARMUPS: tuple[Method, ...] = (
+    *("plain", "gr", "gr-r-warmup", "gr-lambda-warmup", "gr-zero-warmup"),
+)
+_LAYERWISE: tuple[Method, ...] = (
+    *("plain", "gr", "sam"),
+    *("layerwise-1", "layerwise-2", "layerwise-4", "layerwise-8", "layerwise-budget"),
+)
+
+# Zhao et al. 2024: ViT on CIFAR-10, AdamW, learning-rate warmup for 40 of 300 epochs.
+_VIT_TI = Config(
+    dataset="cifar10",
+    methods=_WARMUPS,
+    epochs=300,
+    warmup_epochs=40,
+    batch_size=256,
+    learning_rate=1e-3,
+    alpha=1.0,
+    patch_size=4,
+    width=192,
+    depth=12,
+    heads=3,
+    dropout=0.1,
+    class_token=True,
+    dtype="bfloat16",
+    probe_examples=1024,
+)
+# Lee 2024, as far as it is known: SGD with momentum, steps at 2/3 and 8/9.
+_RESNET20 = Config(
+    dataset="cifar10",
+    methods=_LAYERWISE,
+    epochs=150,
+    warmup_epochs=0,
+    batch_size=128,
+    optimizer="sgd",
+    learning_rate=0.1,
+    decay="steps",
+    weight_decay=1e-4,
+    budget=1.25,
+    model="resnet",
+    width=16,
+    depth=3,
+    heads=1,
+    dtype="bfloat16",
+    probe_examples=1024,
+)
+
+# The same, of a size that a few CPU cores train in an hour.
+_SMALL_VIT = dataclasses.replace(
+    _VIT_TI,
+    epochs=15,
+    warmup_epochs=2,
+    batch_size=128,
+    train_examples=10240,
+    patch_size=8,
+    width=64,
+    depth=4,
+    heads=4,
+    dtype="float32",
+    probe_examples=512,
+)
+_SMALL_RESNET = dataclasses.replace(
+    _RESNET20,
+    epochs=15,
+    train_examples=10240,
+    depth=1,
+    dtype="float32",
+    probe_examples=512,
+)
+
+RECIPES: dict[str, Config] = {
+    # Learning rate and weight decay chosen for plain training, r and alpha the papers'.
+    "digits": Config(),
+    "cifar10": Config(
+        dataset="cifar10",
+        epochs=60,
+        warmup_epochs=8,
+        batch_size=128,
+        learning_rate=1e-3,
+        patch_size=4,
+        width=96,
+        depth=6,
+        heads=3,
+        probe_examples=1024,
+    ),
+    "vit-ti": _VIT_TI,
+    "vit-s": dataclasses.replace(_VIT_TI, width=384, heads=6),
+    "vit-b": dataclasses.replace(_VIT_TI, width=768, heads=12),
+    "resnet20": _RESNET20,
+    "wrn-28-10": dataclasses.replace(
+        _RESNET20, epochs=200, weight_decay=5e-4, model="wide-resnet", width=160, depth=4
+    ),
+    "small-vit": _SMALL_VIT,
+    "smaller-vit": dataclasses.replace(_SMALL_VIT, width=32, depth=3, heads=2),
+    "small-resnet": _SMALL_RESNET,
+    "text": Config(
+        dataset="text",
+        methods=_LAYERWISE,
+        epochs=10,
+        warmup_epochs=1,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        budget=1.25,
+        model="gpt",
+        length=256,
+        width=384,
+        depth=6,
+        heads=6,
+        dropout=0.2,
+        dtype="bfloat16",
+    ),
+}
+RECIPES["small-text"] = dataclasses.replace(
+    RECIPES["text"],
+    epochs=3,
+    batch_size=32,
+    learning_rate=3e-3,
+    train_examples=None,
+    length=64,
+    width=64,
+    depth=4,
+    heads=4,
+    dropout=0.0,
+    dtype="float32",
+)
+
+
+def of_epochs(recipe: Config, epochs: int) -> Config:
+    """Return the recipe with another length; its warmup keeps its share."""
+    warmup = round(recipe.warmup_epochs * epochs / recipe.epochs)
+    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=min(warmup, epochs - 1))
