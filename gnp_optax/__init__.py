@@ -24,15 +24,24 @@ __all__ = [
 ]
 
 
+# Imported only when asked for, since they import what this package must not need: the distribution
+# that may be missing, and the extra that brings it.
+_EXTRAS = {
+    "linen": ("flax", "flax"),
+    "nnx": ("flax", "flax"),
+    "plots": ("matplotlib", "plots"),
+}
+
+
 def __getattr__(name: str) -> _ModuleType:
-    # `gnp.linen` and `gnp.nnx` import Flax, which this package must not need: only when asked for.
-    if name in ("linen", "nnx"):
+    if name in _EXTRAS:
+        needed, extra = _EXTRAS[name]
         try:
             return _import_module(f"gnp_optax.{name}")
         except ModuleNotFoundError as error:
-            if error.name != "flax":
+            if error.name != needed:
                 raise
             raise ModuleNotFoundError(
-                f"gnp_optax.{name} needs Flax: pip install 'gnp-optax[flax]'."
+                f"gnp_optax.{name} needs {needed}: pip install 'gnp-optax[{extra}]'."
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,6 +14,7 @@ import pytest
 import gnp_optax as gnp
 import gnp_optax.linen
 import gnp_optax.nnx
+import gnp_optax.plots
 
 PACKAGE = Path(gnp.__file__).parent
 
@@ -44,6 +45,12 @@ LAYERS = [
     "__init__",
     "linen",
     "nnx",
+    "_plotted",
+    "_curves",
+    "_spectra",
+    "_landscapes",
+    "_layer_map",
+    "plots",
 ]
 
 
@@ -105,7 +112,8 @@ def test_import_needs_jax_and_optax_alone(tmp_path):
             if top != ".." and not (tmp_path / top).exists():
                 (tmp_path / top).symlink_to(metadata.distribution(name).locate_file(top))
     (tmp_path / "gnp_optax").symlink_to(PACKAGE)
-    assert not (tmp_path / "flax").exists()
+    for needed, _ in gnp._EXTRAS.values():
+        assert not (tmp_path / needed).exists()
     standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     program = f"""
 import sys
@@ -120,12 +128,13 @@ new -= set(sys.stdlib_module_names)
 assert new == {{"gnp_optax"}}, new
 value, grad = gnp.value_and_grad(lambda x: jnp.sum(x**2) / 2, 0.5, 0.2)(jnp.array([3.0, 4.0]))
 assert abs(float(grad[0]) - 3.06) < 1e-6
-try:
-    gnp.linen
-except ModuleNotFoundError as error:
-    assert "gnp-optax[flax]" in str(error), error
-else:
-    raise AssertionError("Flax is here")
+for name, (needed, extra) in gnp._EXTRAS.items():
+    try:
+        getattr(gnp, name)
+    except ModuleNotFoundError as error:
+        assert f"gnp-optax[{{extra}}]" in str(error), error
+    else:
+        raise AssertionError(f"{{needed}} is here")
 """
     command = [sys.executable, "-I", "-S", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -169,6 +178,14 @@ PUBLIC = {
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
         "perturb_dtype=None, has_aux=False, wrt=Param)"
     ),
+    "plots.curve_style": "(n)",
+    "plots.band": "(ax, x, values, label, *, style=None)",
+    "plots.schedules": "(ax, schedules, steps)",
+    "plots.spectrum": ("(ax, spectrum, *, width=None, floor=1e-08, label=None, style=None)"),
+    "plots.loss_line": "(ax, line, *, label=None, style=None)",
+    "plots.loss_contour": "(ax, surface, *, levels=8, scale='linear')",
+    "plots.loss_surface": "(ax, surface, *, scale='linear')",
+    "plots.layer_norms": "(ax, paths, norms, *, epochs=None, selected=None)",
 }
 
 
@@ -207,7 +224,8 @@ def test_docstring_is_complete(name):
 
 def test_one_home_per_name():
     homes = {}
-    for module in (gnp, gnp.batching, gnp.schedules, gnp.directions, gnp.masks, gnp.linen, gnp.nnx):
+    core = (gnp, gnp.batching, gnp.schedules, gnp.directions, gnp.masks)
+    for module in (*core, *(getattr(gnp, name) for name in gnp._EXTRAS)):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("gnp_optax")
             if not name.startswith("_") and ours and inspect.isroutine(value):
@@ -217,6 +235,6 @@ def test_one_home_per_name():
 
 def test_all_lists_what_is_public():
     assert sorted(gnp.__all__) == gnp.__all__
-    assert {name.partition(".")[0] for name in PUBLIC} - {"linen", "nnx"} == set(gnp.__all__) - {
+    assert {name.partition(".")[0] for name in PUBLIC} - set(gnp._EXTRAS) == set(gnp.__all__) - {
         "GradientRegularizationState"
     }

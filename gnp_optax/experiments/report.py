@@ -94,6 +94,8 @@ def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from gnp_optax import plots
+
     canvas = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(canvas)
     panels = canvas.subplots(1, 2)
@@ -105,10 +107,7 @@ def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
                 [[e[key] for e in run] for (m, _), run in runs.items() if m == method]
             )
             epochs = np.arange(1, values.shape[1] + 1)
-            line: Any = {"color": color, "linestyle": dashes, "lw": 1.8, "label": name}
-            # A single epoch makes no line.
-            axes.plot(epochs, values.mean(0), marker="o" if len(epochs) == 1 else None, **line)
-            axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.12, lw=0)
+            plots.band(axes, epochs, values, name, style=plots.Style(color, dashes))
         positive = any(epoch[key] > 0 for run in runs.values() for epoch in run)
         axes.set(xlabel="epoch", ylabel=label, yscale="log" if positive else "linear")
         if warmup_epochs:
