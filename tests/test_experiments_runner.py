@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import gnp_optax as gnp
-from gnp_optax.experiments import __main__, data, report
+from gnp_optax.experiments import __main__, data, figures, report
 from gnp_optax.experiments.__main__ import compare, parse
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.methods import STANDARD, Method, regularization, selection
@@ -305,7 +305,7 @@ def test_an_option_that_is_gone_is_named(tmp_path):
 
 def test_a_figure_of_errors_that_are_all_zero(tmp_path):
     run = [{"test_error": 0.0, "gradient_norm": 0.1} for _ in range(2)]
-    report.figure({("plain", 0): run}, "title", 1, tmp_path / "curves.png")
+    figures.curves({("plain", 0): run}, "title", 1, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -341,15 +341,17 @@ def test_the_table_has_a_row_per_method_with_the_deviation_over_seeds(finished):
         last = [e for e in lines(config)[1:] if e["method"] == method and e["epoch"] == 2]
         errors = [e["test_error"] for e in last]
         assert row[1] == f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}"
-        assert row[2] == f"{np.mean([e['train_loss'] for e in last]):.4f}"
+        assert row[2] == f"{np.mean([e['test_loss'] for e in last]):.3f}"
+        assert row[3] == f"{np.mean([e['train_loss'] for e in last]):.4f}"
     assert rows[0][-1] == "1.00"  # times are relative to plain
 
 
-def test_the_figure_is_an_image(finished):
-    with Image.open(finished[0].folder / "curves.png") as image:
+@pytest.mark.parametrize("name", ["curves", "early", "layers", "tradeoff"])
+def test_a_figure_is_an_image(finished, name):
+    with Image.open(finished[0].folder / f"{name}.png") as image:
         image.load()
         assert image.format == "PNG"
-        assert image.width > 1000
+        assert image.width > 800
         assert image.height > 500
 
 

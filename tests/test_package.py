@@ -21,6 +21,7 @@ PACKAGE = Path(gnp.__file__).parent
 # Each module imports only from those before it.
 LAYERS = [
     "_numerics",
+    "_moments",
     "_paths",
     "_checks",
     "_loss",

@@ -12,7 +12,7 @@ import jax
 import tqdm
 import tyro
 
-from gnp_optax.experiments import cost, data, devices, precision, report
+from gnp_optax.experiments import cost, data, devices, figures, precision, report
 from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.recipes import RECIPES, of_epochs
@@ -75,8 +75,9 @@ def compare(config: Config) -> str:
     table = report.table(runs)
     (config.folder / "table.md").write_text(table)
     band = f"{config.seeds} seeds (band: smallest to largest)" if config.seeds > 1 else "1 seed"
-    title = f"ViT on {config.dataset}, {band}"
-    report.figure(runs, title, config.warmup_epochs, config.folder / "curves.png")
+    names = {"vit": "ViT", "resnet": "ResNet", "wide-resnet": "WideResNet", "gpt": "GPT"}
+    title = f"{names[config.model]} on {config.dataset}, {band}"
+    figures.draw(runs, title, config.warmup_epochs, config.folder)
     return table
 
 
@@ -108,9 +109,7 @@ def main() -> None:
     if not devices.is_first():
         return
     minutes = (time.perf_counter() - start) / 60
-    print(
-        f"\nWrote table.md, curves.png and runs.jsonl to {config.folder} ({minutes:.1f} minutes)."
-    )
+    print(f"\nWrote table.md, figures and runs.jsonl to {config.folder} ({minutes:.1f} minutes).")
 
 
 if __name__ == "__main__":

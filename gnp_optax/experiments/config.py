@@ -69,6 +69,8 @@ class Config:
     """Examples per step."""
     train_examples: int | None = None
     """Use only the first so many training examples."""
+    test_every: int = 1
+    """Epochs from one test to the next; after the last epoch there always is one."""
     optimizer: Literal["adamw", "rmsprop", "sgd"] = "adamw"
     """AdamW; RMSProp (decay 0.9) with decoupled weight decay; SGD with momentum 0.9."""
     learning_rate: float = 8e-3
@@ -173,7 +175,7 @@ def _check_numbers(config: Config) -> None:
     positive = (
         *("seeds", "epochs", "batch_size", "layers", "selections", "patch_size", "length", "width"),
         *("depth", "heads", "probe_examples", "learning_rate", "clip_norm", "r"),
-        *("train_examples", "m"),
+        *("train_examples", "test_every", "m"),
     )
     for name in positive:
         value = getattr(config, name)

@@ -15,6 +15,7 @@ from gnp_optax.experiments.data import Split
 from gnp_optax.experiments.networks import Network, Params
 
 Floats = dict[str, Any]
+UNTESTED: Floats = {"test_error": float("nan"), "test_loss": float("nan")}
 
 
 class Evaluation:

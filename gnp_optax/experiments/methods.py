@@ -21,6 +21,7 @@ Method = Literal[
     "layerwise-4",
     "layerwise-8",
     "layerwise-budget",
+    "gr-plain-statistics",
 ]
 STANDARD: tuple[Method, ...] = (
     *("plain", "gr", "gr-r-warmup", "gr-lambda-warmup", "gr-zero-warmup", "sam", "layerwise"),

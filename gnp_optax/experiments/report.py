@@ -1,7 +1,6 @@
-"""The table and the figure of a comparison."""
+"""The table of a comparison."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,12 @@ STYLES: dict[str, tuple[str, str, Any]] = {
     "layerwise-4": ("layer-wise GR, 4 layers", "#CC79A7", (0, (5, 1))),
     "layerwise-8": ("layer-wise GR, 8 layers", "#009E73", (0, (8, 2))),
     "layerwise-budget": ("layer-wise GR, budget", "#882255", (0, (2, 1))),
+    "gr-plain-statistics": ("GR, plain statistics", "#999933", (0, (4, 2, 1, 2))),
 }
 COLUMNS = (
     "method",
     "test error, %",
+    "test loss",
     "train loss",
     "gradient norm",
     "sharpness",
@@ -40,7 +41,7 @@ COLUMNS = (
 def table(runs: Runs) -> str:
     """Write the last epoch of all runs as a Markdown table: means, and deviations over seeds."""
     rows = [COLUMNS]
-    for method in _methods(runs):
+    for method in methods(runs):
         last = [epochs[-1] for (name, _), epochs in runs.items() if name == method]
 
         def mean(key: str, last: list[Metrics] = last) -> float:
@@ -50,10 +51,11 @@ def table(runs: Runs) -> str:
             (
                 STYLES[method][0],
                 f"{mean('test_error'):.2f}{_deviation([epoch['test_error'] for epoch in last])}",
+                f"{mean('test_loss'):.3f}",
                 f"{mean('train_loss'):.4f}",
                 f"{mean('gradient_norm'):.3f}",
                 f"{mean('sharpness'):.4f}",
-                f"{_mean_over_epochs(runs, method, 'gradients_per_step'):.2f}",
+                f"{mean_over_epochs(runs, method, 'gradients_per_step'):.2f}",
                 _relative_time(runs, method),
             )
         )
@@ -86,55 +88,8 @@ def selections(runs: Runs) -> str:
     )
 
 
-def figure(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
-    """Draw test error and gradient norm over the epochs: the mean over seeds, and a band.
-
-    The band reaches from the smallest to the largest of the seeds.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from gnp_optax import plots
-
-    canvas = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(canvas)
-    panels = canvas.subplots(1, 2)
-    names = (("test_error", "test error, %"), ("gradient_norm", "gradient norm"))
-    for axes, (key, label) in zip(panels, names, strict=True):
-        for method in _methods(runs):
-            name, color, dashes = STYLES[method]
-            values = np.array(
-                [[e[key] for e in run] for (m, _), run in runs.items() if m == method]
-            )
-            epochs = np.arange(1, values.shape[1] + 1)
-            plots.band(axes, epochs, values, name, style=plots.Style(color, dashes))
-        positive = any(epoch[key] > 0 for run in runs.values() for epoch in run)
-        axes.set(xlabel="epoch", ylabel=label, yscale="log" if positive else "linear")
-        if warmup_epochs:
-            at = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "va": "top"}
-            axes.axvline(warmup_epochs, color="grey", lw=0.8, ls=":")
-            axes.text(warmup_epochs, 1.0, " warmup ends", color="grey", **at)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(True, alpha=0.3)
-        if positive:
-            _plain_numbers(axes.yaxis)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    canvas.suptitle(title, fontsize=11)
-    canvas.savefig(path)
-
-
-def _plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis with 2, 5, 10, 20, ... instead of powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _methods(runs: Runs) -> list[str]:
+def methods(runs: Runs) -> list[str]:
+    """Return the methods of the runs, always in the same order."""
     present = {method for method, _ in runs}
     return [method for method in STYLES if method in present]
 
@@ -143,7 +98,8 @@ def _deviation(values: Sequence[float]) -> str:
     return f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
 
 
-def _mean_over_epochs(runs: Runs, method: str, key: str) -> float:
+def mean_over_epochs(runs: Runs, method: str, key: str) -> float:
+    """Return the mean of a metric over all epochs of all seeds."""
     chosen = [epoch[key] for (name, _), run in runs.items() if name == method for epoch in run]
     return float(np.mean(chosen))
 
@@ -151,5 +107,5 @@ def _mean_over_epochs(runs: Runs, method: str, key: str) -> float:
 def _relative_time(runs: Runs, method: str) -> str:
     if not any(name == "plain" for name, _ in runs):
         return "-"
-    seconds, plain = (_mean_over_epochs(runs, m, "seconds_per_step") for m in (method, "plain"))
+    seconds, plain = (mean_over_epochs(runs, m, "seconds_per_step") for m in (method, "plain"))
     return f"{seconds / plain:.2f}"

@@ -3,12 +3,11 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gnp_optax as gnp
 from gnp_optax.experiments import methods, optimizers
@@ -16,23 +15,14 @@ from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data import Data, Split
 from gnp_optax.experiments.devices import Devices
-from gnp_optax.experiments.evaluation import Evaluation, early_statistics
+from gnp_optax.experiments.evaluation import UNTESTED, Evaluation, early_statistics
 from gnp_optax.experiments.methods import Method
-from gnp_optax.experiments.networks import Network, Params, Statistics, model
+from gnp_optax.experiments.networks import Network, Params, model
 from gnp_optax.experiments.records import Metrics
+from gnp_optax.experiments.steps import State, Steps
 
 # So many steps of an epoch have their statistics recorded.
 _SAMPLES = 16
-
-
-class State(NamedTuple):
-    """What a step needs of the step before it."""
-
-    params: Params
-    opt_state: optax.OptState
-    step: jax.Array
-    key: jax.Array
-    statistics: Statistics
 
 
 class Trainer:
@@ -63,6 +53,7 @@ class Trainer:
         self.network = Network(self.model, data)
         schedule = optimizers.learning_rate(config, steps, self.warmup_steps)
         self.optimizer = optimizers.optimizer(config, schedule)
+        self.steps = Steps(self.network, self.optimizer, config.m)
         probe = config.probe_examples // devices.count
         self.probe = jax.jit(lambda train: Split(*(_joined(x[:, :probe]) for x in train)))(
             self.train
@@ -110,17 +101,18 @@ class Trainer:
             first = epoch * self.steps_per_epoch
             scheduled = schedule[first : first + self.steps_per_epoch]
             inputs = (state, self.train, None if method == "plain" else scheduled)
-            train_epoch = self._compile(inputs, mask)
+            train_epoch = self._compile(inputs, mask, method == "gr-plain-statistics")
             start = time.perf_counter()
             state, (train_loss, early) = jax.block_until_ready(train_epoch(*inputs))
             seconds = time.perf_counter() - start
+            is_tested = (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
             grads, metrics = self.evaluation.probe(state, self.probe)
             yield (
                 {
                     "epoch": epoch + 1,
                     "train_loss": float(train_loss),
                     **metrics,
-                    **self.evaluation.test(state),
+                    **(self.evaluation.test(state) if is_tested else UNTESTED),
                     "gradients_per_step": 1
                     + (self._cost_of(mask) - 1 if mask else 1)
                     * float((scheduled[:, 1] != 0).mean()),
@@ -138,27 +130,8 @@ class Trainer:
         step = jnp.zeros([], jnp.int32)
         return State(params, self.optimizer.init(params), step, key, statistics)
 
-    def _gradient(self, r: Any, alpha: Any, mask: Any) -> Callable[..., Any]:
-        gradient = gnp.value_and_grad(
-            self.network.loss,
-            r,
-            alpha,
-            mask=mask,
-            scope="all" if mask is None else "masked",
-            has_aux=True,
-        )
-        if self.config.m is None:
-            return gradient
-        grouped = gnp.batching.m_sharpness(gradient, self.config.m, has_aux=True)
-
-        def of_groups(*args: Any, **kwargs: Any) -> Any:
-            (loss, statistics), grads = grouped(*args, **kwargs)
-            return (loss, jax.tree.map(lambda x: x.mean(0), statistics)), grads
-
-        return of_groups
-
     def _train_epoch(
-        self, state: State, train: Split, scheduled: jax.Array | None, mask: Any
+        self, state: State, train: Split, scheduled: jax.Array | None, mask: Any, is_split: bool
     ) -> tuple[State, Any]:
         shuffle_key, key = jax.random.split(state.key)
         devices, each = train.labels.shape[:2]
@@ -168,32 +141,30 @@ class Trainer:
         batches = order[:, : self.steps_per_epoch * self.config.batch_size // devices]
         batches = batches.reshape(devices, self.steps_per_epoch, -1).swapaxes(0, 1)
         stride = -(-self.steps_per_epoch // _SAMPLES)
+        update = self.steps.split if is_split else self.steps.regularized
 
         def step(state: State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[State, Any]:
-            batch, r_alpha = inputs
+            chosen, r_alpha = inputs
             augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
             # Each device takes its own examples out of its own part.
-            images, labels = (_joined(jax.vmap(lambda x, i: x[i])(x, batch)) for x in train)
+            images, labels = (_joined(jax.vmap(lambda x, i: x[i])(x, chosen)) for x in train)
             images = self.data.augment(augment_key, images)
             r, alpha = (0.0, 0.0) if r_alpha is None else r_alpha
-            (loss, statistics), grads = self._gradient(r, alpha, mask)(
-                state.params, images, labels, statistics=state.statistics, key=dropout_key
-            )
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            is_sampled = state.step % self.steps_per_epoch % stride == 0
-            early = early_statistics(self.config.optimizer, is_sampled, grads, opt_state)
-            return State(params, opt_state, state.step + 1, state.key, statistics), (loss, early)
+            batch = Split(images, labels)
+            loss, grads, state = update(state, batch, dropout_key, r, alpha, mask)
+            is_sampled = (state.step - 1) % self.steps_per_epoch % stride == 0
+            early = early_statistics(self.config.optimizer, is_sampled, grads, state.opt_state)
+            return state, (loss, early)
 
         state, (losses, early) = jax.lax.scan(step, state._replace(key=key), (batches, scheduled))
         return state, (losses.mean(), jax.tree.map(lambda x: x[::stride], early))
 
-    def _compile(self, inputs: tuple[Any, ...], mask: Any) -> Callable[..., Any]:
+    def _compile(self, inputs: tuple[Any, ...], mask: Any, is_split: bool) -> Callable[..., Any]:
         """Compile ahead of time, so that the clock of an epoch never runs during compilation."""
-        key = (mask, inputs[-1] is None)
+        key = (mask, is_split, inputs[-1] is None)
         if key not in self._compiled:
             epoch = jax.jit(
-                functools.partial(self._train_epoch, mask=mask),
+                functools.partial(self._train_epoch, mask=mask, is_split=is_split),
                 out_shardings=self.devices.replicated,
             )
             self._compiled[key] = epoch.lower(*inputs).compile()

@@ -1,0 +1,81 @@
+"""One step of training."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import gnp_optax as gnp
+from gnp_optax.experiments.data import Split
+from gnp_optax.experiments.networks import Network, Params, Statistics
+from gnp_optax.experiments.plain_statistics import plain_statistics
+
+# The loss, the gradient that the optimizer was given, and the next state.
+Outcome = tuple[jax.Array, Params, "State"]
+
+
+class State(NamedTuple):
+    """What a step needs of the step before it."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+    key: jax.Array
+    statistics: Statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The two kinds of steps, with radius and weight r and alpha on the leaves under a mask."""
+
+    network: Network
+    optimizer: optax.GradientTransformation
+    m: int | None
+
+    def regularized(
+        self, state: State, batch: Split, key: jax.Array, r: Any, alpha: Any, mask: Any
+    ) -> Outcome:
+        """Give the optimizer the regularized gradient."""
+        (loss, statistics), grads = self._gradient(r, alpha, mask)(
+            state.params, *batch, statistics=state.statistics, key=key
+        )
+        updated = self.optimizer.update(grads, state.opt_state, state.params)
+        return loss, grads, _next(state, statistics, *updated)
+
+    def split(
+        self, state: State, batch: Split, key: jax.Array, r: Any, alpha: Any, mask: Any
+    ) -> Outcome:
+        """Keep the regularizer out of the optimizer's second moments."""
+
+        def of_params(params: Params) -> Any:
+            return self.network.loss(params, *batch, state.statistics, key)
+
+        params = state.params
+        (loss, statistics), plain = jax.value_and_grad(of_params, has_aux=True)(params)
+        regularize = gnp.gradient_regularization(r, alpha, mask=mask, has_aux=True)
+        grads, _ = regularize.update(plain, regularize.init(params), params, value_fn=of_params)
+        updated = plain_statistics(self.optimizer).update(
+            grads, state.opt_state, params, plain_gradient=plain
+        )
+        return loss, grads, _next(state, statistics, *updated)
+
+    def _gradient(self, r: Any, alpha: Any, mask: Any) -> Callable[..., Any]:
+        scope = "all" if mask is None else "masked"
+        loss = self.network.loss
+        gradient = gnp.value_and_grad(loss, r, alpha, mask=mask, scope=scope, has_aux=True)
+        if self.m is None:
+            return gradient
+        grouped = gnp.batching.m_sharpness(gradient, self.m, has_aux=True)
+
+        def of_groups(*args: Any, **kwargs: Any) -> Any:
+            (loss, statistics), grads = grouped(*args, **kwargs)
+            return (loss, jax.tree.map(lambda x: x.mean(0), statistics)), grads
+
+        return of_groups
+
+
+def _next(state: State, statistics: Statistics, updates: Params, opt_state: Any) -> State:
+    params = optax.apply_updates(state.params, updates)
+    return State(params, opt_state, state.step + 1, state.key, statistics)
