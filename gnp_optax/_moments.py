@@ -92,11 +92,11 @@ def _has_moment(node: Any) -> bool:
 
 def _learning_rates(state: Any, b2: float, eps: float) -> list[jax.Array]:
     moments = [_numerics.widen(v) for v in jax.tree.leaves(state.nu)]
-    if hasattr(state, "count"):
+    if "count" in state._fields:
         # Before the first step there is nothing to correct.
         correction = 1 - b2 ** jnp.maximum(state.count, 1)
         return [1 / (jnp.sqrt(v / correction) + eps) for v in moments]
-    if hasattr(state, "mu"):
+    if "mu" in state._fields:
         means = [_numerics.widen(m) for m in jax.tree.leaves(state.mu)]
         moments = [jnp.maximum(v - m**2, 0) for v, m in zip(moments, means, strict=True)]
     return [jax.lax.rsqrt(v + eps) for v in moments]

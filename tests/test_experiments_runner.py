@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import flax.traverse_util
@@ -173,7 +174,8 @@ def test_a_patch_that_does_not_divide_the_image_is_refused(small, patch_size):
 def test_an_option_that_changes_runs_changes_the_folder(name):
     special = {"dataset": "cifar10", "dropout": 0.5, "budget": 1.2, "train_examples": 32, "m": 4}
     special |= {"optimizer": "sgd", "decay": "steps", "model": "resnet", "class_token": True}
-    special |= {"head": "normal", "dtype": "bfloat16"}
+    special |= {"head": "normal", "dtype": "bfloat16", "classes": (1, 2)}
+    special |= {"pretrained": Path("file")}
     value = special.get(name) or TINY.options[name] * 2
     changed = dataclasses.replace(TINY, **{"epochs": 8, name: value})
     assert changed.folder != dataclasses.replace(TINY, epochs=8).folder
@@ -219,6 +221,11 @@ def test_recipe_and_data_set_decide_the_defaults(args, expected):
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(ValueError, match=r"--recipe must be one of digits, .*, got 'vit-xl'"):
         parse(["--recipe", "vit-xl"])
+
+
+def test_fine_tuning_needs_something_to_start_from():
+    with pytest.raises(ValueError, match=r"needs --pretrained, .* small-vit-pretraining writes"):
+        parse(["--recipe", "small-vit-finetuning"])
 
 
 def test_an_interruption_says_how_to_go_on(monkeypatch):

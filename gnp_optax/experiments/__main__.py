@@ -32,7 +32,13 @@ def parse(args: Sequence[str]) -> Config:
     default = RECIPES[name]
     if (given.epochs or "").isdigit() and int(given.epochs) > 0:
         default = of_epochs(default, int(given.epochs))
-    return tyro.cli(Config, prog="python -m gnp_optax.experiments", args=args, default=default)
+    config = tyro.cli(Config, prog="python -m gnp_optax.experiments", args=args, default=default)
+    if name.endswith("finetuning") and config.pretrained is None:
+        raise ValueError(
+            f"--recipe {name} needs --pretrained, a file that --recipe "
+            f"{name.replace('finetuning', 'pretraining')} writes to its folder."
+        )
+    return config
 
 
 def compare(config: Config) -> str:
@@ -51,7 +57,10 @@ def compare(config: Config) -> str:
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {records.path} already.")
     if missing:
         part = jax.process_index(), jax.process_count()
-        trainer = Trainer(config, _load(config, part))
+        loaded = _load(config, part)
+        trainer = Trainer(
+            config, data.of_classes(loaded, config.classes) if config.classes else loaded
+        )
         total = len(missing) * config.epochs
         with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
             for method, seed in missing:

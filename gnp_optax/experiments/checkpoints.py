@@ -1,4 +1,4 @@
-"""An unfinished run on disk, so that it can go on after an interruption."""
+"""Runs on disk: an unfinished one, so that it can go on, and what a finished one has learned."""
 
 import json
 import time
@@ -15,10 +15,7 @@ State = Any
 
 
 class Checkpoint:
-    """The file of one run: its options, the metrics of the epochs done, and the state after them.
-
-    A rename puts it in place, so that there is never a moment with half a file.
-    """
+    """The file of one run: options, metrics of the epochs done, and the state after them."""
 
     def __init__(self, config: Config, run: Run) -> None:
         self.path: Path = config.folder / f"{run[0]}-{run[1]}.msgpack"
@@ -40,9 +37,7 @@ class Checkpoint:
             "epochs": json.dumps(done),
             "state": flax.serialization.to_state_dict(state._replace(key=key)),
         }
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(content)))
-        temporary.replace(self.path)
+        _write(self.path, content)
 
     def load(self, fresh: State) -> tuple[State, list[Metrics]]:
         """Return what was saved, or the fresh state and no epochs if nothing was."""
@@ -55,11 +50,47 @@ class Checkpoint:
                 f"remove it."
             )
         raw = fresh._replace(key=jax.random.key_data(fresh.key))
-        restored: Any = flax.serialization.from_state_dict(raw, content["state"])
-        restored = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), restored, raw)
+        restored = _placed(flax.serialization.from_state_dict(raw, content["state"]), raw)
         state = restored._replace(key=jax.random.wrap_key_data(restored.key))
         return state, json.loads(content["epochs"])
 
     def remove(self) -> None:
         """Remove the file: the run has finished."""
         self.path.unlink(missing_ok=True)
+
+
+def keep_parameters(config: Config, run: Run, state: State) -> None:
+    """Write what a run has learned to a file of its own."""
+    content = {"params": state.params, "statistics": state.statistics}
+    path = config.folder / f"{run[0]}-{run[1]}-parameters.msgpack"
+    _write(path, flax.serialization.to_state_dict(content))
+
+
+def pretrained(path: Path, fresh: State) -> State:
+    """Return a fresh state with the parameters of a file, all but those of the head.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its parameters are those of another model.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--pretrained: there is no file {path}.")
+    content = flax.serialization.msgpack_restore(path.read_bytes())
+    learned, new = ({**x, "head": None} for x in (content["params"], fresh.params))
+    shapes = [jax.tree.map(jax.numpy.shape, x) for x in (learned, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{path} holds the parameters of another model.")
+    params = {**content["params"], "head": fresh.params["head"]}
+    given = fresh._replace(params=params, statistics=content["statistics"])
+    return _placed(given, fresh)
+
+
+def _write(path: Path, content: Any) -> None:
+    # A rename puts it in place, so that there is never a moment with half a file.
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(content)))
+    temporary.replace(path)
+
+
+def _placed(state: State, like: State) -> State:
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)

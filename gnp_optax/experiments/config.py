@@ -16,7 +16,10 @@ Model = Literal["vit", "resnet", "wide-resnet", "gpt"]
 
 _CONNECTION = ("coordinator", "processes", "process_id")
 # What is no part of a run: where the results go, how many runs there are, how they are kept.
-_AROUND = ("recipe", "data_dir", "methods", "seeds", "out", "distributed", "checkpoint_minutes")
+_AROUND = (
+    *("recipe", "data_dir", "methods", "seeds", "out", "distributed"),
+    *("checkpoint_minutes", "keep_parameters"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,13 @@ class Config:
     checkpoint_minutes: float = 5.0
     """How often an unfinished run is saved, at the end of an epoch, so that it can go on."""
 
+    keep_parameters: bool = False
+    """Write the parameters of every finished run to METHOD-SEED-parameters.msgpack."""
+
+    classes: tuple[int, ...] | None = None
+    """Use only the examples of these classes."""
+    pretrained: Path | None = None
+    """Fine-tune: start from a file that --keep-parameters has written, all but the head."""
     epochs: int = 30
     """Passes over the training set."""
     warmup_epochs: int = 6
@@ -153,6 +163,7 @@ class Config:
     def options(self) -> dict[str, Any]:
         """What determines a run: neither where the results go nor how many runs there are."""
         options = dataclasses.asdict(self)
+        options["pretrained"] = None if self.pretrained is None else str(self.pretrained)
         for name in (*_AROUND, *_CONNECTION):
             del options[name]
         if self.distributed:  # the order of the examples depends on it

@@ -61,6 +61,21 @@ class Data(NamedTuple):
         return jnp.where(flips, cropped[:, :, ::-1], cropped)
 
 
+def of_classes(data: Data, classes: tuple[int, ...]) -> Data:
+    """Return the examples of some of the classes, which are numbered anew from 0."""
+    if not classes or set(classes) - set(range(data.classes)) or len(set(classes)) < len(classes):
+        raise ValueError(
+            f"--classes must be some of 0 to {data.classes - 1}, each once: {classes}."
+        )
+
+    def chosen(split: Split) -> Split:
+        kept = np.isin(split.labels, classes)
+        labels = np.argmax(np.asarray(split.labels)[kept, None] == np.asarray(classes), axis=1)
+        return Split(split.images[kept], jnp.asarray(labels, split.labels.dtype))
+
+    return data._replace(train=chosen(data.train), test=chosen(data.test), classes=len(classes))
+
+
 def digits(part: tuple[int, int] = (0, 1)) -> Data:
     """Load scikit-learn's handwritten digits: 1797 images of 8x8, a third of them for testing.
 

@@ -76,6 +76,13 @@ _SMALL_RESNET = dataclasses.replace(
     probe_examples=512,
 )
 
+
+def of_epochs(recipe: Config, epochs: int) -> Config:
+    """Return the recipe with another length; its warmup keeps its share."""
+    warmup = round(recipe.warmup_epochs * epochs / recipe.epochs)
+    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=min(warmup, epochs - 1))
+
+
 RECIPES: dict[str, Config] = {
     # Learning rate and weight decay chosen for plain training, r and alpha the papers'.
     "digits": Config(),
@@ -133,9 +140,17 @@ RECIPES["small-text"] = dataclasses.replace(
     dropout=0.0,
     dtype="float32",
 )
-
-
-def of_epochs(recipe: Config, epochs: int) -> Config:
-    """Return the recipe with another length; its warmup keeps its share."""
-    warmup = round(recipe.warmup_epochs * epochs / recipe.epochs)
-    return dataclasses.replace(recipe, epochs=epochs, warmup_epochs=min(warmup, epochs - 1))
+# A Vision Transformer learns five classes of CIFAR-10, and is fine-tuned on the other five.
+for _name, _base in (("vit-ti", _VIT_TI), ("small-vit", _SMALL_VIT)):
+    RECIPES[f"{_name}-pretraining"] = dataclasses.replace(
+        _base, methods=("plain",), seeds=1, classes=(0, 1, 2, 3, 4), keep_parameters=True
+    )
+    RECIPES[f"{_name}-finetuning"] = dataclasses.replace(
+        of_epochs(_base, _base.epochs // 3),
+        methods=_LAYERWISE,
+        classes=(5, 6, 7, 8, 9),
+        optimizer="sgd",
+        learning_rate=0.01,
+        weight_decay=0.0,
+        budget=1.25,
+    )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gnp_optax as gnp
-from gnp_optax.experiments import methods, optimizers
+from gnp_optax.experiments import checkpoints, methods, optimizers
 from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data import Data, Split
@@ -71,12 +71,16 @@ class Trainer:
         Those of the epochs before the checkpoint come first.
         """
         fresh: State = self._init(seed)
+        if self.config.pretrained:
+            fresh = checkpoints.pretrained(self.config.pretrained, fresh)
         start, done = checkpoint.load(fresh) if checkpoint else (fresh, [])
         yield from done
         for metrics, state in self._epochs(method, start, done):
             done = [*done, {"method": method, "seed": seed, **metrics}]
             if checkpoint:
                 checkpoint.keep(state, done)
+            if self.config.keep_parameters and len(done) == self.config.epochs:
+                checkpoints.keep_parameters(self.config, (method, seed), state)
             yield done[-1]
             if not np.isfinite(metrics["train_loss"]):
                 raise FloatingPointError(f"{method}, seed {seed}: the loss is not finite.")
