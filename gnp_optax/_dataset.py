@@ -64,6 +64,12 @@ class Losses:
         """Return a tree like the parameters, with zeros for what is not selected."""
         return self.parts.unite(perturbed, [jnp.zeros_like(w) for w in self.others])
 
+    def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> Arrays:
+        """Return random arrays like `perturbed`, the same however these are sharded."""
+        keys = jax.random.split(key, len(self.perturbed))
+        triples = zip(keys, self.perturbed, self.shardings, strict=True)
+        return [_layout.place(draw(sample, k, w), sharding) for k, w, sharding in triples]
+
     def _of_batch(self, perturbed: Arrays, batch: Any) -> jax.Array:
         return self._fun(self.parts.unite(perturbed, self.others), *batch)[0]
 
@@ -97,6 +103,15 @@ class Losses:
             last = self._advanced(of_batch(jax.tree.map(lambda x: x[whole * size :], self._args)))
             total = jax.tree.map(lambda t, x: t + left * x, total, last)
         return jax.tree.map(lambda t: t / examples, total)
+
+
+def draw(sample: Callable[..., jax.Array], key: jax.Array, w: jax.Array) -> jax.Array:
+    """Return a random array like w, in float32 or wider, its real and imaginary part drawn apart."""
+    dtype = _numerics.wide(jnp.result_type(w))
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return sample(key, jnp.shape(w), dtype)
+    parts = (sample(k, jnp.shape(w), _numerics.real(dtype)) for k in jax.random.split(key))
+    return jax.lax.complex(*parts)
 
 
 def measure(

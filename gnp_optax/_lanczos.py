@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from matfree import decomp, stochtrace
 
-from gnp_optax import _dataset, _embedding, _layout, _numerics
+from gnp_optax import _dataset, _embedding, _numerics
 
 PyTree = Any
-Arrays = list[Any]
 
 
 class Hessian:
@@ -34,22 +33,7 @@ class Hessian:
 
     def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> jax.Array:
         """Return a random vector, the same however the parameters are sharded."""
-        arrays, shardings = self._losses.perturbed, self._losses.shardings
-        keys = jax.random.split(key, len(arrays))
-        drawn = [
-            _layout.place(draw(sample, key, w), sharding)
-            for key, w, sharding in zip(keys, arrays, shardings, strict=True)
-        ]
-        return self._embedding.embed(drawn)
-
-
-def draw(sample: Callable[..., jax.Array], key: jax.Array, w: jax.Array) -> jax.Array:
-    """Return a random array like w, in float32 or wider, its real and imaginary part drawn apart."""
-    dtype = _numerics.wide(w.dtype)
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        return sample(key, w.shape, dtype)
-    parts = (sample(k, w.shape, _numerics.real(dtype)) for k in jax.random.split(key))
-    return jax.lax.complex(*parts)
+        return self._embedding.embed(self._losses.random(key, sample))
 
 
 class Ritz(NamedTuple):
@@ -62,23 +46,22 @@ class Ritz(NamedTuple):
 
 
 @_numerics.promoting
-def ritz(tridiagonal: jax.Array) -> Ritz:
+def ritz(basis: jax.Array, hessenberg: jax.Array) -> Ritz:
     """Decompose the matrix of a Lanczos iteration, up to where it broke down.
 
-    That is where the vectors so far span an invariant subspace: the next one is 0 / 0. The
-    eigenvalues of the matrix up to there are exact.
+    That is where the vectors so far span an invariant subspace: the next one is 0 / 0, or rounding
+    errors. If these are orthogonal to the vectors before them they serve to go on. If not, the
+    iteration ends there, and the eigenvalues of the matrix up to there are exact.
     """
-    size = len(tridiagonal)
-    diagonal = jnp.diagonal(tridiagonal)
-    beside = jnp.append(jnp.diagonal(tridiagonal, 1), 0)
-    scale = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal), jnp.abs(beside)))
-    # A residual of rounding errors is orthogonal to the vectors before it, and serves to go on.
-    continues = beside > 1e-3 * jnp.finfo(scale.dtype).eps * scale
-    is_row = jnp.cumprod(jnp.append(True, continues[:-1])).astype(bool)
-    bound = jnp.max(jnp.where(is_row, scale, 0))
+    size = len(hessenberg)
+    products = jnp.tensordot(basis, basis, axes=(tuple(range(1, basis.ndim)),) * 2)
+    is_orthonormal = jnp.all(jnp.abs(jnp.tril(products) - jnp.eye(size)) < 1e-3, axis=1)
+    is_row = jnp.cumprod(is_orthonormal.at[0].set(True)).astype(bool)
+    diagonal = jnp.where(is_row, jnp.diagonal(hessenberg), 0)
+    beside = jnp.where(is_row[1:], jnp.diagonal(hessenberg, -1), 0)
+    bound = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.max(jnp.abs(beside), initial=0))
     below = -4 * jnp.where(bound == 0, 1, bound)  # all eigenvalues are above -3 * bound
     diagonal = jnp.where(is_row, diagonal, below)
-    beside = jnp.where(is_row[1:], beside[:-1], 0)
     matrix = jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
     values, vectors = jnp.linalg.eigh(matrix)
     return Ritz(values, vectors, is_row, jnp.arange(size) >= size - jnp.sum(is_row))
@@ -156,10 +139,19 @@ def quadrature(
 
 
 def _lanczos(hessian: Hessian, start: jax.Array, num_matvecs: int) -> tuple[jax.Array, Ritz]:
-    # Not matfree's `eigh_partial`: it makes all eigenvectors, as many as there are products.
-    tridiagonalize = decomp.tridiag_sym(num_matvecs, custom_vjp=False)
-    basis, tridiagonal, *_ = tridiagonalize(hessian, start)
-    return basis, ritz(tridiagonal)
+    # Beneath matfree's `eigh_partial(tridiag_sym(n))`, which makes as many eigenvectors as there are
+    # products, and takes no notice of a breakdown.
+    decompose = decomp.hessenberg(num_matvecs, reortho="full", custom_vjp=False)
+    precision = jax.config.jax_default_matmul_precision
+
+    def product(vector: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision(precision):
+            return hessian(vector)
+
+    # A GPU would round float32 to 10 bits, and the basis would not be orthogonal.
+    with jax.default_matmul_precision("highest"):
+        basis, matrix, *_ = decompose(product, start)
+        return basis, ritz(basis, matrix)
 
 
 def _combined(basis: jax.Array, coefficients: jax.Array, is_row: jax.Array) -> jax.Array:
