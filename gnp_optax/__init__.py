@@ -24,15 +24,23 @@ __all__ = [
 ]
 
 
+# Imported when asked for, since this package must not need what they do.
+_EXTRAS = {
+    "linen": ("flax", {"flax": "Flax"}),
+    "nnx": ("flax", {"flax": "Flax"}),
+    "diagnostics": ("diagnostics", {"matfree": "matfree", "tqdm": "tqdm"}),
+}
+
+
 def __getattr__(name: str) -> _ModuleType:
-    # `gnp.linen` and `gnp.nnx` import Flax, which this package must not need: only when asked for.
-    if name in ("linen", "nnx"):
+    if name in _EXTRAS:
+        extra, libraries = _EXTRAS[name]
         try:
             return _import_module(f"gnp_optax.{name}")
         except ModuleNotFoundError as error:
-            if error.name != "flax":
+            if error.name not in libraries:
                 raise
             raise ModuleNotFoundError(
-                f"gnp_optax.{name} needs Flax: pip install 'gnp-optax[flax]'."
+                f"gnp_optax.{name} needs {libraries[error.name]}: pip install 'gnp-optax[{extra}]'."
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

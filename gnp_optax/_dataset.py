@@ -106,7 +106,7 @@ class Losses:
 
 
 def draw(sample: Callable[..., jax.Array], key: jax.Array, w: jax.Array) -> jax.Array:
-    """Return a random array like w, in float32 or wider, its real and imaginary part drawn apart."""
+    """Return a random array like w, in float32 or wider; of a complex one, draw both parts."""
     dtype = _numerics.wide(jnp.result_type(w))
     if not jnp.issubdtype(dtype, jnp.complexfloating):
         return sample(key, jnp.shape(w), dtype)

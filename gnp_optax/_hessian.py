@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gnp_optax import _checks, _dataset, _krylov, _lanczos, _selection
+from gnp_optax import _checks, _dataset, _lanczos, _operands, _selection
 
 PyTree = Any
 
@@ -84,9 +84,9 @@ def hessian_eigenvalues(
     References:
         Lanczos, "An Iteration Method for the Solution of the Eigenvalue Problem", 1950.
     """
-    dimension = _krylov.dimension(mask, params)
+    dimension = _operands.dimension(mask, params)
     _checks.check_integer("k", k, at_least=1)
-    size = _krylov.size(num_matvecs, 30 + 2 * k, dimension)
+    size = _operands.krylov_size(num_matvecs, 30 + 2 * k, dimension)
     if k > size:
         raise ValueError(
             f"k={k} eigenvalues were asked for, but "
@@ -102,7 +102,7 @@ def hessian_eigenvalues(
         fun,
         params,
         args,
-        (_krylov.checked_key("hessian_eigenvalues", jax.random.key(0) if key is None else key),),
+        (_operands.checked_key("hessian_eigenvalues", jax.random.key(0) if key is None else key),),
         mask=mask,
         batch_size=batch_size,
         has_aux=has_aux,
@@ -163,7 +163,7 @@ def hessian_trace(
         fun,
         params,
         args,
-        (_krylov.checked_key("hessian_trace", key),),
+        (_operands.checked_key("hessian_trace", key),),
         mask=mask,
         batch_size=batch_size,
         has_aux=has_aux,

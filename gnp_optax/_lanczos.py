@@ -132,17 +132,19 @@ def quadrature(
         start = hessian.random(key, jax.random.rademacher)
         _, found = _lanczos(hessian, start, num_matvecs)
         weights = jnp.where(found.is_value, jnp.square(found.vectors[0]), 0)
-        # In place of what was not found, a value within the spectrum, of no weight.
-        return jnp.where(found.is_value, found.values, found.values[-1]), weights
+        # In place of what was not found, the last value again, of no weight, after the others.
+        values = jnp.where(found.is_value, found.values, found.values[-1])
+        missing = num_matvecs - jnp.sum(found.is_value)
+        return jnp.roll(values, -missing), jnp.roll(weights, -missing)
 
     return jax.lax.map(sample, jax.random.split(key, num_samples))
 
 
 def _lanczos(hessian: Hessian, start: jax.Array, num_matvecs: int) -> tuple[jax.Array, Ritz]:
-    # Beneath matfree's `eigh_partial(tridiag_sym(n))`, which makes as many eigenvectors as there are
-    # products, and takes no notice of a breakdown.
+    # What is beneath matfree's `eigh_partial(tridiag_sym(n))`: that makes as many eigenvectors as
+    # there are products, and takes no notice of a breakdown.
     decompose = decomp.hessenberg(num_matvecs, reortho="full", custom_vjp=False)
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
     def product(vector: jax.Array) -> jax.Array:
         with jax.default_matmul_precision(precision):

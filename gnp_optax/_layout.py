@@ -76,7 +76,7 @@ def automatic_axes(tree: PyTree) -> Iterator[tuple[PyTree, dict[Mesh, Mesh]]]:
     meshes = {s.mesh for s in map(_sharding, jax.tree.leaves(tree)) if s is not None}
     automatic = {m: Mesh(m.devices, m.axis_names) for m in meshes if isinstance(m, Mesh)}
     automatic = {m: a for m, a in automatic.items() if m != a}
-    context = contextlib.nullcontext()
+    context: Any = contextlib.nullcontext()
     if len(automatic) == 1 and hasattr(jax, "set_mesh") and not is_traced(tree):
         context = jax.set_mesh(*automatic.values())
     with context:
@@ -99,4 +99,3 @@ def _sharding(leaf: Any) -> NamedSharding | None:
     is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     sharding = leaf.sharding if is_concrete else None
     return sharding if isinstance(sharding, NamedSharding) else None
-

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _dataset, _pieces, _selection, _steps
+from gnp_optax import _checks, _dataset, _operands, _pieces, _selection, _steps
 
 PyTree = Any
 
@@ -90,7 +90,7 @@ def sharpness(
         fun,
         params,
         args,
-        (_numeric(rho),),
+        (_operands.scalar(rho),),
         mask=mask,
         batch_size=batch_size,
         has_aux=has_aux,
@@ -160,7 +160,7 @@ def m_sharpness(
         fun,
         params,
         args,
-        (_numeric(rho),),
+        (_operands.scalar(rho),),
         mask=mask,
         batch_size=None,
         has_aux=has_aux,

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gnp_optax import _checks, _dataset, _krylov, _lanczos, _numerics, _selection
+from gnp_optax import _checks, _dataset, _lanczos, _numerics, _operands, _selection
 
 PyTree = Any
 
@@ -60,8 +61,8 @@ def hessian_spectrum(
             mask selects nothing; if the arguments cannot be split.
 
     Example:
-        >>> loss = lambda w: (3 * w["a"] ** 2 + w["b"] ** 2).sum() / 2
-        >>> params = {"a": jnp.ones(1), "b": jnp.ones(3)}
+        >>> loss = lambda w: (3 * w["a"] ** 2 + (w["b"] ** 2).sum()) / 2
+        >>> params = {"a": jnp.ones([]), "b": jnp.ones(3)}
         >>> found = hessian_spectrum(loss, params, key=jax.random.key(0), num_samples=1)
         >>> [[round(float(x), 2) for x in row[0]] for row in found]
         [[1.0, 3.0, 3.0, 3.0], [0.75, 0.25, 0.0, 0.0]]
@@ -71,14 +72,14 @@ def hessian_spectrum(
         Eigenvalue Density", ICML 2019.
     """
     _checks.check_integer("num_samples", num_samples, at_least=1)
-    size = _krylov.size(num_matvecs, 64, _krylov.dimension(mask, params))
+    size = _operands.krylov_size(num_matvecs, 64, _operands.dimension(mask, params))
     found = _dataset.measure(
         "hessian_spectrum",
         functools.partial(_lanczos.quadrature, num_matvecs=size, num_samples=int(num_samples)),
         fun,
         params,
         args,
-        (_krylov.checked_key("hessian_spectrum", key),),
+        (_operands.checked_key("hessian_spectrum", key),),
         mask=mask,
         batch_size=batch_size,
         has_aux=has_aux,
@@ -111,11 +112,11 @@ def spectral_density(
         >>> spectrum = Spectrum(jnp.array([[0.0, 1.0]]), jnp.array([[0.75, 0.25]]))
         >>> grid = jnp.linspace(-1.0, 2.0, 301)
         >>> density = spectral_density(spectrum, grid, width=0.1)
-        >>> round(float(jnp.trapezoid(density, grid)), 4), float(grid[density.argmax()])
-        (1.0, 0.0)
+        >>> round(float(jnp.trapezoid(density, grid)), 4), int(density.argmax())
+        (1.0, 100)
     """
     _checks.check_scalar("width", width)
-    if not isinstance(width, jax.core.Tracer) and float(width) == 0:
+    if not isinstance(width, jax.core.Tracer) and not np.asarray(width) > 0:
         raise ValueError("width must be positive: it is the Gaussians' standard deviation.")
     grid = _numerics.widen(grid)
 

@@ -5,9 +5,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from gnp_optax import _checks, _dataset, _krylov, _selection, _steps
+from gnp_optax import _checks, _dataset, _operands, _selection, _steps
 
 PyTree = Any
 
@@ -70,6 +69,7 @@ def worst_case_sharpness(
             split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> loss = lambda w: (3 * w[0] ** 2 + w[1] ** 2) / 2
         >>> found = worst_case_sharpness(loss, jnp.array([0.0, 0.1]), rho=1.0, steps=50)
         >>> one_step = 0.605 - 0.005  # from 0.1 to 1.1 along the second axis
@@ -86,7 +86,7 @@ def worst_case_sharpness(
     for name, number in (("step_size", step_size), ("eta", eta)):
         if number is not None:
             _checks.check_scalar(name, number)
-    radius = _numeric(rho)
+    radius = _operands.scalar(rho)
     key = jax.random.key(0) if key is None else key
     loss, largest, perturbation = _dataset.measure(
         "worst_case_sharpness",
@@ -96,9 +96,9 @@ def worst_case_sharpness(
         args,
         (
             radius,
-            radius if step_size is None else _numeric(step_size),
-            None if eta is None else _numeric(eta),
-            _krylov.checked_key("worst_case_sharpness", key),
+            radius if step_size is None else _operands.scalar(step_size),
+            None if eta is None else _operands.scalar(eta),
+            _operands.checked_key("worst_case_sharpness", key),
         ),
         mask=mask,
         batch_size=batch_size,
@@ -107,8 +107,3 @@ def worst_case_sharpness(
         passes=steps + 1,
     )
     return WorstCase(loss, largest, largest - loss, perturbation)
-
-
-def _numeric(value: jax.typing.ArrayLike) -> jax.Array:
-    """Return a scalar in the widest real type that there is."""
-    return jnp.asarray(value, jax.dtypes.canonicalize_dtype(float))
