@@ -59,8 +59,8 @@ def random_direction(key: jax.Array, params: PyTree, *, mask: _selection.Mask = 
         Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, section 4.
     """
     _operands.checked_key("random_direction", key)
-    with _layout.automatic_axes(params) as (given, meshes):
-        direction = _grid.filter_normalized(_layout.layout_of(mask, given), key, given)
+    with _layout.automatic_axes((key, params)) as ((key, params), meshes):
+        direction = _grid.filter_normalized(_layout.layout_of(mask, params), key, params)
     return _layout.moved(direction, meshes)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import gnp_optax as gnp
+import gnp_optax.diagnostics
 import gnp_optax.linen
 import gnp_optax.nnx
 
@@ -44,6 +45,21 @@ LAYERS = [
     "__init__",
     "linen",
     "nnx",
+    "_layout",
+    "_progress",
+    "_dataset",
+    "_operands",
+    "_layer_norms",
+    "_embedding",
+    "_lanczos",
+    "_hessian",
+    "_spectrum",
+    "_steps",
+    "_sharpness",
+    "_worst_case",
+    "_grid",
+    "_landscape",
+    "diagnostics",
 ]
 
 
@@ -126,6 +142,12 @@ except ModuleNotFoundError as error:
     assert "gnp-optax[flax]" in str(error), error
 else:
     raise AssertionError("Flax is here")
+try:
+    gnp.diagnostics
+except ModuleNotFoundError as error:
+    assert "gnp-optax[diagnostics]" in str(error), error
+else:
+    raise AssertionError("matfree is here")
 """
     command = [sys.executable, "-I", "-S", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -164,6 +186,44 @@ PUBLIC = {
     ),
     "batching.accumulate": "(fun, micro_batches, *, has_aux=False)",
     "batching.m_sharpness": "(gradient, m, *, parallel=1, has_aux=False)",
+    "diagnostics.hessian_eigenvalues": (
+        "(fun, params, *args, k=1, num_matvecs=None, key=None, mask=None, batch_size=None, "
+        "has_aux=False, progress=False)"
+    ),
+    "diagnostics.hessian_trace": (
+        "(fun, params, *args, key, num_samples=32, mask=None, batch_size=None, has_aux=False, "
+        "progress=False)"
+    ),
+    "diagnostics.hessian_spectrum": (
+        "(fun, params, *args, key, num_matvecs=None, num_samples=4, mask=None, batch_size=None, "
+        "has_aux=False, progress=False)"
+    ),
+    "diagnostics.spectral_density": "(spectrum, grid, width)",
+    "diagnostics.sharpness": (
+        "(fun, params, *args, rho, direction=None, mask=None, batch_size=None, has_aux=False, "
+        "progress=False)"
+    ),
+    "diagnostics.worst_case_sharpness": (
+        "(fun, params, *args, rho, steps=20, step_size=None, eta=None, key=None, mask=None, "
+        "batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.m_sharpness": (
+        "(fun, params, *args, rho, m, direction=None, mask=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.layer_gradient_norms": (
+        "(fun, params, *args, mask=None, batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.norms_by_layer": "(grads)",
+    "diagnostics.random_direction": "(key, params, *, mask=None)",
+    "diagnostics.loss_along": (
+        "(fun, params, *args, direction, distances, batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.loss_surface": (
+        "(fun, params, *args, directions, x, y, batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.loss_between": (
+        "(fun, start, end, *args, positions, batch_size=None, has_aux=False, progress=False)"
+    ),
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
@@ -207,7 +267,8 @@ def test_docstring_is_complete(name):
 
 def test_one_home_per_name():
     homes = {}
-    for module in (gnp, gnp.batching, gnp.schedules, gnp.directions, gnp.masks, gnp.linen, gnp.nnx):
+    parts = (gnp.batching, gnp.schedules, gnp.directions, gnp.masks, gnp.diagnostics)
+    for module in (gnp, *parts, gnp.linen, gnp.nnx):
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("gnp_optax")
             if not name.startswith("_") and ours and inspect.isroutine(value):
@@ -217,6 +278,9 @@ def test_one_home_per_name():
 
 def test_all_lists_what_is_public():
     assert sorted(gnp.__all__) == gnp.__all__
-    assert {name.partition(".")[0] for name in PUBLIC} - {"linen", "nnx"} == set(gnp.__all__) - {
-        "GradientRegularizationState"
-    }
+    assert {name.partition(".")[0] for name in PUBLIC} - {"diagnostics", "linen", "nnx"} == set(
+        gnp.__all__
+    ) - {"GradientRegularizationState"}
+    public_diagnostics = {name.partition(".")[2] for name in PUBLIC if "diagnostics." in name}
+    results = {name for name in gnp.diagnostics.__all__ if name[0].isupper()}
+    assert public_diagnostics | results == set(gnp.diagnostics.__all__)
