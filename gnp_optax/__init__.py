@@ -24,24 +24,25 @@ __all__ = [
 ]
 
 
-# Imported only when asked for, since they import what this package must not need: the distribution
-# that may be missing, and the extra that brings it.
+# Imported only when asked for, since they import what this package must not need: the extra that
+# brings that, and the libraries that may be missing.
 _EXTRAS = {
-    "linen": ("flax", "flax"),
-    "nnx": ("flax", "flax"),
-    "plots": ("matplotlib", "plots"),
+    "linen": ("flax", ("flax",)),
+    "nnx": ("flax", ("flax",)),
+    "plots": ("plots", ("matplotlib",)),
+    "diagnostics": ("diagnostics", ("matfree", "tqdm")),
 }
 
 
 def __getattr__(name: str) -> _ModuleType:
     if name in _EXTRAS:
-        needed, extra = _EXTRAS[name]
+        extra, libraries = _EXTRAS[name]
         try:
             return _import_module(f"gnp_optax.{name}")
         except ModuleNotFoundError as error:
-            if error.name != needed:
+            if error.name not in libraries:
                 raise
             raise ModuleNotFoundError(
-                f"gnp_optax.{name} needs {needed}: pip install 'gnp-optax[{extra}]'."
+                f"gnp_optax.{name} needs {error.name}: pip install 'gnp-optax[{extra}]'."
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

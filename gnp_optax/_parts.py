@@ -52,6 +52,11 @@ class Parts:
             leaves.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
         return jax.tree.unflatten(self._treedef, leaves)
 
+    def each_selected(self, of_leaves: Arrays) -> Arrays:
+        """Return, for each perturbed array of `divide`, what is given for its leaf."""
+        pairs = zip(of_leaves, self._runs, strict=True)
+        return [x for x, runs in pairs for selected, _ in runs if selected]
+
 
 def _runs(selected: bool | np.ndarray) -> list[tuple[bool, slice | None]]:
     """Return the runs of equal entries of a selection of layers, as (selected, which layers)."""

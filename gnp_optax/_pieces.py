@@ -63,7 +63,7 @@ def summed(
     """Return what `gradient` finds beside the gradient, stacked, and the sum of the gradients."""
 
     def add(sums: PyTree, i: jax.Array) -> tuple[PyTree, Any]:
-        found, grads = gradient(_part(parts, i))
+        found, grads = gradient(part(parts, i))
         return jax.tree.map(lambda total, g: total + _numerics.widen(g), sums, grads), found
 
     # Like the parameters, so that inside `shard_map` a sum varies over the axes that they vary on.
@@ -73,14 +73,14 @@ def summed(
 
 
 def _each(fun: Callable[[PyTree], Any], parts: PyTree) -> Any:
-    return jax.lax.scan(lambda _, i: ((), fun(_part(parts, i))), (), _numbers(parts))[1]
+    return jax.lax.scan(lambda _, i: ((), fun(part(parts, i))), (), _numbers(parts))[1]
 
 
 def _numbers(parts: PyTree) -> jax.Array:
     return jnp.arange(jax.tree.leaves(parts)[0].shape[1])
 
 
-def _part(parts: PyTree, i: jax.Array) -> PyTree:
+def part(parts: PyTree, i: jax.Array) -> PyTree:
     # Taken out one by one: to put the parts first would copy the batch.
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), parts)
 
@@ -98,7 +98,7 @@ def check_params(name: str, params: PyTree) -> None:
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module))
     if any(isinstance(leaf, nnx.Module) for leaf in leaves):
         raise TypeError(
-            f"gnp.batching.{name} takes parameters, not an NNX module, whose statistics and random "
+            f"gnp.{name} takes parameters, not an NNX module, whose statistics and random "
             f"streams it could not advance. Split the module, graphdef, params, rest = "
             f"nnx.split(model, nnx.Param, ...), and in the loss put it together: "
             f"nnx.merge(graphdef, params, rest)."
@@ -110,7 +110,7 @@ def batch_size(name: str, args: Any, kwargs: Any) -> int:
     shapes = _shapes(args)
     if not shapes:
         raise ValueError(
-            f"gnp.batching.{name} splits the positional arguments after the parameters, and there "
+            f"gnp.{name} splits the positional arguments after the parameters, and there "
             f"are none. Pass the batch by position: loss_fn(params, x, y); to a transformation, "
             f"value_fn=lambda params: loss_fn(params, x, y)."
         )
@@ -118,19 +118,19 @@ def batch_size(name: str, args: Any, kwargs: Any) -> int:
     if len(sizes) > 1 or None in sizes:
         listed = ", ".join(f"args{path}: {shape}" for path, shape in shapes.items())
         raise ValueError(
-            f"gnp.batching.{name} splits all positional arguments after the parameters along their "
+            f"gnp.{name} splits all positional arguments after the parameters along their "
             f"first axis, the examples, but theirs differ ({listed}). Pass what belongs to no "
-            f"example by keyword: loss_fn(params, x, y, key=key)."
+            f"example by keyword: loss_fn(params, x, y, key=key), or close over it."
         )
     size = max(size for size in sizes if size is not None)
     if size == 0:
-        raise ValueError(f"gnp.batching.{name} was given an empty batch.")
+        raise ValueError(f"gnp.{name} was given an empty batch.")
     for keyword, x in kwargs.items():
         # Not what is in a tree (statistics, a teacher), and not a key made of two integers.
         has_rows = isinstance(x, (jax.Array, np.ndarray)) and x.shape[:1] == (size,)
         if has_rows and size > 1 and x.dtype != jnp.uint32:
             raise ValueError(
-                f"gnp.batching.{name} splits positional arguments only, but the keyword argument "
+                f"gnp.{name} splits positional arguments only, but the keyword argument "
                 f"{keyword!r} has {size} rows, as many as the batch. Pass it by position. If its "
                 f"rows are not examples, close over it."
             )

@@ -71,8 +71,8 @@ def accumulate(
 
     @functools.wraps(fun)
     def accumulated(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
-        _pieces.check_params("accumulate", params)
-        size = _pieces.batch_size("accumulate", args, kwargs)
+        _pieces.check_params("batching.accumulate", params)
+        size = _pieces.batch_size("batching.accumulate", args, kwargs)
         if size % micro_batches:
             raise ValueError(
                 f"A batch of {size} examples cannot be divided into {micro_batches} micro-batches "
@@ -156,8 +156,8 @@ def m_sharpness(
 
     @functools.wraps(gradient)
     def mean_gradient(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        _pieces.check_params("m_sharpness", params)
-        size = _pieces.batch_size("m_sharpness", args, kwargs)
+        _pieces.check_params("batching.m_sharpness", params)
+        size = _pieces.batch_size("batching.m_sharpness", args, kwargs)
         if size % m:
             raise ValueError(f"A batch of {size} examples has no groups of {m}: m must divide it.")
         if (size // m) % parallel:

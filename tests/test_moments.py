@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gnp_optax._moments import adaptive_statistics
+from gnp_optax.diagnostics import adaptive_statistics
 
 SHAPES = {"a": (3,), "b": (2, 2)}
 

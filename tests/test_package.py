@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import gnp_optax as gnp
+import gnp_optax.diagnostics
 import gnp_optax.linen
 import gnp_optax.nnx
 import gnp_optax.plots
@@ -52,6 +53,21 @@ LAYERS = [
     "_landscapes",
     "_layer_map",
     "plots",
+    "_layout",
+    "_progress",
+    "_dataset",
+    "_operands",
+    "_layer_norms",
+    "_embedding",
+    "_lanczos",
+    "_hessian",
+    "_spectrum",
+    "_steps",
+    "_sharpness",
+    "_worst_case",
+    "_grid",
+    "_landscape",
+    "diagnostics",
 ]
 
 
@@ -129,7 +145,7 @@ new -= set(sys.stdlib_module_names)
 assert new == {{"gnp_optax"}}, new
 value, grad = gnp.value_and_grad(lambda x: jnp.sum(x**2) / 2, 0.5, 0.2)(jnp.array([3.0, 4.0]))
 assert abs(float(grad[0]) - 3.06) < 1e-6
-for name, (needed, extra) in gnp._EXTRAS.items():
+for name, (extra, needed) in gnp._EXTRAS.items():
     try:
         getattr(gnp, name)
     except ModuleNotFoundError as error:
@@ -174,6 +190,45 @@ PUBLIC = {
     ),
     "batching.accumulate": "(fun, micro_batches, *, has_aux=False)",
     "batching.m_sharpness": "(gradient, m, *, parallel=1, has_aux=False)",
+    "diagnostics.hessian_eigenvalues": (
+        "(fun, params, *args, k=1, num_matvecs=None, key=None, mask=None, batch_size=None, "
+        "has_aux=False, progress=False)"
+    ),
+    "diagnostics.hessian_trace": (
+        "(fun, params, *args, key, num_samples=32, mask=None, batch_size=None, has_aux=False, "
+        "progress=False)"
+    ),
+    "diagnostics.hessian_spectrum": (
+        "(fun, params, *args, key, num_matvecs=None, num_samples=4, mask=None, batch_size=None, "
+        "has_aux=False, progress=False)"
+    ),
+    "diagnostics.spectral_density": "(spectrum, grid, width)",
+    "diagnostics.sharpness": (
+        "(fun, params, *args, rho, direction=None, mask=None, batch_size=None, has_aux=False, "
+        "progress=False)"
+    ),
+    "diagnostics.worst_case_sharpness": (
+        "(fun, params, *args, rho, steps=20, step_size=None, eta=None, key=None, mask=None, "
+        "batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.m_sharpness": (
+        "(fun, params, *args, rho, m, direction=None, mask=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.layer_gradient_norms": (
+        "(fun, params, *args, mask=None, batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.norms_by_layer": "(grads)",
+    "diagnostics.adaptive_statistics": "(opt_state, *, b2=0.999, eps=1e-08)",
+    "diagnostics.random_direction": "(key, params, *, mask=None)",
+    "diagnostics.loss_along": (
+        "(fun, params, *args, direction, distances, batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.loss_surface": (
+        "(fun, params, *args, directions, x, y, batch_size=None, has_aux=False, progress=False)"
+    ),
+    "diagnostics.loss_between": (
+        "(fun, start, end, *args, positions, batch_size=None, has_aux=False, progress=False)"
+    ),
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
@@ -239,3 +294,6 @@ def test_all_lists_what_is_public():
     assert {name.partition(".")[0] for name in PUBLIC} - set(gnp._EXTRAS) == set(gnp.__all__) - {
         "GradientRegularizationState"
     }
+    public_diagnostics = {name.partition(".")[2] for name in PUBLIC if "diagnostics." in name}
+    results = {name for name in gnp.diagnostics.__all__ if name[0].isupper()}
+    assert public_diagnostics | results == set(gnp.diagnostics.__all__)

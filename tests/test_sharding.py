@@ -47,9 +47,9 @@ def core(params, x, y, step):
 """
 
 
-def run_on_eight_devices(program):
+def run_on_eight_devices(program, flags=""):
     """Run a program after the prelude, and return what it printed."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = f"--xla_force_host_platform_device_count=8 {flags}"
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],

@@ -9,8 +9,7 @@ import numpy as np
 import optax
 
 import gnp_optax as gnp
-from gnp_optax import _numerics, _paths
-from gnp_optax._moments import adaptive_statistics
+from gnp_optax import diagnostics
 from gnp_optax.experiments.data import Split
 from gnp_optax.experiments.networks import Network, Params
 
@@ -38,11 +37,12 @@ class Evaluation:
 
         And the norm of the gradient for each layer.
         """
-        grads, (norm, sharpness, layers) = self._probe(state.params, state.statistics, probe)
+        grads, (norm, sharpness) = self._probe(state.params, state.statistics, probe)
+        layers = diagnostics.norms_by_layer(grads)
         return grads, {
             "gradient_norm": float(norm),
             "sharpness": float(sharpness),
-            "layer_norms": {name: float(norm) for name, norm in layers.items()},
+            "layer_norms": dict(zip(layers.paths, np.asarray(layers.norms).tolist(), strict=True)),
         }
 
     def _measure(self, params: Params, statistics: Any, probe: Split) -> tuple[Params, Any]:
@@ -53,11 +53,7 @@ class Evaluation:
         ascent = gnp.sam(self.r)
         seen: Any
         _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
-        by_layer: dict[str, list[jax.Array]] = {}
-        for path, leaf in zip(_paths.leaf_paths(grads), jax.tree.leaves(grads), strict=True):
-            by_layer.setdefault(_paths.layer_of(path), []).append(leaf)
-        norms = {name: _numerics.norm(leaves) for name, leaves in by_layer.items()}
-        return grads, (seen.grad_norm, seen.perturbed_loss - value, norms)
+        return grads, (seen.grad_norm, seen.perturbed_loss - value)
 
 
 def early_statistics(
@@ -70,7 +66,11 @@ def early_statistics(
 
     def measure() -> dict[str, jax.Array]:
         found = {"gradient_norm": optax.tree.norm(grads)}
-        return found if optimizer == "sgd" else found | adaptive_statistics(opt_state)._asdict()
+        return (
+            found
+            if optimizer == "sgd"
+            else found | diagnostics.adaptive_statistics(opt_state)._asdict()
+        )
 
     missing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
     return jax.lax.cond(is_sampled, measure, lambda: missing)
