@@ -190,12 +190,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(digits, tmp_path, method
     run = trainer.run(method, 0, Checkpoint(config, (method, 0)))
     next(run), next(run)
     run.close()
-    trained = []
-    compiled = {
-        key: lambda *args, f=f: trained.append(1) or f(*args)
-        for key, f in trainer._compiled.items()
-    }
-    trainer._compiled = compiled
+    trained, train = [], trainer.epochs.train
+    trainer.epochs.train = lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
     resumed = list(trainer.run(method, 0, Checkpoint(config, (method, 0))))
     assert len(trained) == 1
     for a, b in zip(whole, resumed, strict=True):
@@ -257,6 +253,29 @@ def test_some_classes_are_numbered_anew(digits):
     np.testing.assert_array_equal(few.train.labels, expected)
     with pytest.raises(ValueError, match="--classes must be some of 0 to 9"):
         data.of_classes(digits, (3, 10))
+
+
+# Epochs.
+
+
+@pytest.mark.parametrize("method", ["plain", "gr-lambda-warmup", "layerwise"])
+def test_an_epoch_in_one_program_is_one_call_a_step(digits, method):
+    called, scanned = (Trainer(TINY, digits) for _ in range(2))
+    called.epochs.is_scanned, scanned.epochs.is_scanned = False, True
+    for a, b in zip(called.run(method, 0), scanned.run(method, 0), strict=True):
+        assert a["perturbed_layers"] == b["perturbed_layers"]
+        for name in ("train_loss", "test_loss", "gradient_norm", "sharpness", "test_error"):
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-3)
+        for name, values in a["early"].items():
+            np.testing.assert_allclose(values, b["early"][name], rtol=1e-2)
+
+
+def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(digits):
+    trainer = Trainer(TINY, digits)
+    for method in ("gr-zero-warmup", "gr", "gr-r-warmup", "gr-lambda-warmup"):
+        list(trainer.run(method, 0))
+    weights = {kind.alpha for kind in trainer.epochs.compiled}
+    assert weights == {0.0, None, float(np.float32(0.8))}
 
 
 # Early statistics.

@@ -406,7 +406,7 @@ def test_no_more_selections_than_asked_for(small, monkeypatch):
         chosen = [epoch["perturbed_layers"] for epoch in trainer.run("layerwise", 0)]
         expected = [["head"]] * 3 if allowed == 1 else [["head"], ["norm"], ["norm"]]
         assert chosen == expected
-        assert len(trainer._compiled) == allowed
+        assert len(trainer.epochs.compiled) == allowed
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ _SMALL_RESNET = dataclasses.replace(
     epochs=15,
     train_examples=7680,
     test_every=5,
+    width=8,
     depth=1,
     dtype="float32",
     probe_examples=512,
@@ -129,10 +130,10 @@ RECIPES: dict[str, Config] = {
 }
 RECIPES["small-text"] = dataclasses.replace(
     RECIPES["text"],
-    epochs=3,
+    epochs=5,
     batch_size=32,
     learning_rate=3e-3,
-    train_examples=None,
+    train_examples=4096,
     length=64,
     width=64,
     depth=4,

@@ -1,7 +1,6 @@
 """Train one model with one method and seed, an epoch at a time."""
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,8 @@ from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data import Data, Split
 from gnp_optax.experiments.devices import Devices
-from gnp_optax.experiments.evaluation import UNTESTED, Evaluation, early_statistics
+from gnp_optax.experiments.epochs import Epochs, joined
+from gnp_optax.experiments.evaluation import UNTESTED, Evaluation
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.networks import Network, Params, model
 from gnp_optax.experiments.records import Metrics
@@ -28,8 +28,8 @@ _SAMPLES = 16
 class Trainer:
     """The compiled functions of one configuration, shared by all its runs.
 
-    A method is its radius and weight at every step, and a mask. The first two are inputs of the
-    compiled epoch, so that plain GR, its warmups and SAM share one compilation; a mask is static.
+    A method is its radius and weight at every step, and a mask. The radius is an input of what is
+    compiled, and so is a weight that changes; a weight that does not, and a mask, are constants.
     """
 
     def __init__(self, config: Config, data: Data) -> None:
@@ -54,13 +54,15 @@ class Trainer:
         schedule = optimizers.learning_rate(config, steps, self.warmup_steps)
         self.optimizer = optimizers.optimizer(config, schedule)
         self.steps = Steps(self.network, self.optimizer, config.m)
+        self.epochs = Epochs(
+            self.steps, config, self.train, self.steps_per_epoch, devices.replicated
+        )
         probe = config.probe_examples // devices.count
-        self.probe = jax.jit(lambda train: Split(*(_joined(x[:, :probe]) for x in train)))(
+        self.probe = jax.jit(lambda train: Split(*(joined(x[:, :probe]) for x in train)))(
             self.train
         )
         self.evaluation = Evaluation(self.network, config.r, data.test, devices.replicated)
         self._init = jax.jit(self._initial_state, out_shardings=devices.replicated)
-        self._compiled: dict[Any, Callable[..., Any]] = {}
         self._cost_of: Callable[[Any], float] = functools.cache(self._count_cost)
 
     def run(
@@ -104,17 +106,15 @@ class Trainer:
             mask = None if selects is None else self._select(grads, selects, masks)
             first = epoch * self.steps_per_epoch
             scheduled = schedule[first : first + self.steps_per_epoch]
-            inputs = (state, self.train, None if method == "plain" else scheduled)
-            train_epoch = self._compile(inputs, mask, method == "gr-plain-statistics")
-            start = time.perf_counter()
-            state, (train_loss, early) = jax.block_until_ready(train_epoch(*inputs))
-            seconds = time.perf_counter() - start
+            state, train_loss, early, seconds = self.epochs.train(
+                state, scheduled, mask, is_split=method == "gr-plain-statistics"
+            )
             is_tested = (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
             grads, metrics = self.evaluation.probe(state, self.probe)
             yield (
                 {
                     "epoch": epoch + 1,
-                    "train_loss": float(train_loss),
+                    "train_loss": train_loss,
                     **metrics,
                     **(self.evaluation.test(state) if is_tested else UNTESTED),
                     "gradients_per_step": 1
@@ -122,7 +122,7 @@ class Trainer:
                     * float((scheduled[:, 1] != 0).mean()),
                     "seconds_per_step": seconds / self.steps_per_epoch,
                     "perturbed_layers": list(mask.paths) if mask else None,
-                    "early": {name: np.asarray(x).tolist() for name, x in early.items()},
+                    "early": early,
                 },
                 state,
             )
@@ -133,46 +133,6 @@ class Trainer:
         params, statistics = self.network.init(init_key, example)
         step = jnp.zeros([], jnp.int32)
         return State(params, self.optimizer.init(params), step, key, statistics)
-
-    def _train_epoch(
-        self, state: State, train: Split, scheduled: jax.Array | None, mask: Any, is_split: bool
-    ) -> tuple[State, Any]:
-        shuffle_key, key = jax.random.split(state.key)
-        devices, each = train.labels.shape[:2]
-        # One device draws from the key itself: the same order as ever.
-        keys = shuffle_key[None] if devices == 1 else jax.random.split(shuffle_key, devices)
-        order = jax.vmap(lambda key: jax.random.permutation(key, each))(keys)
-        batches = order[:, : self.steps_per_epoch * self.config.batch_size // devices]
-        batches = batches.reshape(devices, self.steps_per_epoch, -1).swapaxes(0, 1)
-        stride = -(-self.steps_per_epoch // _SAMPLES)
-        update = self.steps.split if is_split else self.steps.regularized
-
-        def step(state: State, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[State, Any]:
-            chosen, r_alpha = inputs
-            augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-            # Each device takes its own examples out of its own part.
-            images, labels = (_joined(jax.vmap(lambda x, i: x[i])(x, chosen)) for x in train)
-            images = self.data.augment(augment_key, images)
-            r, alpha = (0.0, 0.0) if r_alpha is None else r_alpha
-            batch = Split(images, labels)
-            loss, grads, state = update(state, batch, dropout_key, r, alpha, mask)
-            is_sampled = (state.step - 1) % self.steps_per_epoch % stride == 0
-            early = early_statistics(self.config.optimizer, is_sampled, grads, state.opt_state)
-            return state, (loss, early)
-
-        state, (losses, early) = jax.lax.scan(step, state._replace(key=key), (batches, scheduled))
-        return state, (losses.mean(), jax.tree.map(lambda x: x[::stride], early))
-
-    def _compile(self, inputs: tuple[Any, ...], mask: Any, is_split: bool) -> Callable[..., Any]:
-        """Compile ahead of time, so that the clock of an epoch never runs during compilation."""
-        key = (mask, is_split, inputs[-1] is None)
-        if key not in self._compiled:
-            epoch = jax.jit(
-                functools.partial(self._train_epoch, mask=mask, is_split=is_split),
-                out_shardings=self.devices.replicated,
-            )
-            self._compiled[key] = epoch.lower(*inputs).compile()
-        return self._compiled[key]
 
     def _select(self, grads: Params, selects: methods.Selection, masks: list[Any]) -> Any:
         """Return the mask of the next epoch, and put it last in the list of the run's masks."""
@@ -212,8 +172,3 @@ def _put_last(mask: Any, masks: list[Any]) -> None:
     if mask in masks:
         masks.remove(mask)
     masks.append(mask)
-
-
-def _joined(x: jax.Array) -> jax.Array:
-    """Make one axis of examples out of those of devices and examples."""
-    return x.reshape(-1, *x.shape[2:])
