@@ -35,6 +35,9 @@ def random_direction(key: jax.Array, params: PyTree, *, mask: _selection.Mask = 
     layers. Leaves of less than two dimensions (biases, the scales of normalizations) are zero. In
     an embedding a filter is a feature, not a token.
 
+    At distance 1 one moves by the norm of the parameters, a hundred times the radius of SAM: what
+    SAM does is seen at distances of a few hundredths.
+
     Args:
         key: Random key.
         params: The parameters.

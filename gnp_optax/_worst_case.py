@@ -25,7 +25,7 @@ def worst_case_sharpness(
     params: PyTree,
     *args: Any,
     rho: jax.typing.ArrayLike,
-    steps: int = 20,
+    steps: int = 100,
     step_size: jax.typing.ArrayLike | None = None,
     eta: jax.typing.ArrayLike | None = None,
     key: jax.Array | None = None,
@@ -48,7 +48,8 @@ def worst_case_sharpness(
         params: The parameters, sharded as they are trained.
         *args: Further arguments of `fun`, such as inputs and labels.
         rho: Radius of the ball, in the units of the parameters; with `eta`, relative to them.
-        steps: Number of steps, each one gradient; one is `sharpness`.
+        steps: Number of steps, each one gradient; one is `sharpness`. Take more of them until the
+            result stops to grow: 20 may miss a quarter of it.
         step_size: Length of the second step, in the units of rho, which is the default; it falls
             linearly to 0.
         eta: Added to the magnitudes in T; `None` for a ball that is round.

@@ -11,6 +11,7 @@ import pytest
 from gnp_optax.experiments import data, optimizers
 from gnp_optax.experiments.checkpoints import Checkpoint, pretrained
 from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.methods import regularization
 from gnp_optax.experiments.networks import Network, model
 from gnp_optax.experiments.plain_statistics import plain_statistics
 from gnp_optax.experiments.recipes import RECIPES, of_epochs
@@ -40,6 +41,12 @@ def digits():
     loaded = data.digits()
     train, test = (data.Split(*(x[:n] for x in s)) for s, n in zip(loaded, (64, 32), strict=False))
     return loaded._replace(train=train, test=test)
+
+
+@pytest.fixture(scope="module")
+def trainer(digits):
+    """Shared, for it has compiled already."""
+    return Trainer(TINY, digits)
 
 
 # Recipes and optimizers.
@@ -182,16 +189,16 @@ def test_a_text_that_cannot_be_used(tmp_path, content, message):
 # Checkpoints.
 
 
-@pytest.mark.parametrize("method", ["gr-zero-warmup", "layerwise"])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(digits, tmp_path, method):
-    config = dataclasses.replace(TINY, out=tmp_path, checkpoint_minutes=0, selections=1)
-    trainer = Trainer(config, digits)
+def test_an_interrupted_run_goes_on_to_the_same_numbers(trainer, tmp_path, monkeypatch):
+    method = "gr-lambda-warmup"
+    config = dataclasses.replace(TINY, out=tmp_path, checkpoint_minutes=0)
     whole = list(trainer.run(method, 0))
     run = trainer.run(method, 0, Checkpoint(config, (method, 0)))
     next(run), next(run)
     run.close()
     trained, train = [], trainer.epochs.train
-    trainer.epochs.train = lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)
+    counted = lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(trainer.epochs, "train", counted)
     resumed = list(trainer.run(method, 0, Checkpoint(config, (method, 0))))
     assert len(trained) == 1
     for a, b in zip(whole, resumed, strict=True):
@@ -199,9 +206,21 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(digits, tmp_path, method
             assert a[name] == b[name], name
 
 
-def test_a_checkpoint_of_other_options_is_refused(digits, tmp_path):
+def test_the_selections_before_an_interruption_count(trainer, monkeypatch):
+    """With two selections before it, and no more allowed, the last of these stays."""
+    done = [{"perturbed_layers": [name]} for name in ("norm", "head")]
+    monkeypatch.setattr(trainer, "config", dataclasses.replace(TINY, selections=2))
+    masks = []
+    train = lambda state, scheduled, mask, is_split: masks.append(mask) or stop()  # noqa: E731
+    monkeypatch.setattr(trainer.epochs, "train", train)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        next(trainer._epochs("layerwise", trainer._init(0), done))
+    assert masks[0].paths == ("head",)
+
+
+def test_a_checkpoint_of_other_options_is_refused(trainer, tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path)
-    state = Trainer(config, digits)._init(0)
+    state = trainer._init(0)
     Checkpoint(config, ("gr", 0)).save(state, [])
     with pytest.raises(ValueError, match="was made with other options"):
         Checkpoint(dataclasses.replace(config, r=0.2), ("gr", 0)).load(state)
@@ -258,43 +277,57 @@ def test_some_classes_are_numbered_anew(digits):
 # Epochs.
 
 
-@pytest.mark.parametrize("method", ["plain", "gr-lambda-warmup", "layerwise"])
-def test_an_epoch_in_one_program_is_one_call_a_step(digits, method):
-    called, scanned = (Trainer(TINY, digits) for _ in range(2))
-    called.epochs.is_scanned, scanned.epochs.is_scanned = False, True
-    for a, b in zip(called.run(method, 0), scanned.run(method, 0), strict=True):
-        assert a["perturbed_layers"] == b["perturbed_layers"]
+def test_an_epoch_in_one_program_is_one_call_a_step(trainer, digits):
+    scanned = Trainer(TINY, digits)
+    scanned.epochs.is_scanned = True
+    runs = [t.run("gr-lambda-warmup", 0) for t in (trainer, scanned)]
+    for a, b in [tuple(map(next, runs)) for _ in range(2)]:
         for name in ("train_loss", "test_loss", "gradient_norm", "sharpness", "test_error"):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-3)
         for name, values in a["early"].items():
             np.testing.assert_allclose(values, b["early"][name], rtol=1e-2)
 
 
-def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(digits):
-    trainer = Trainer(TINY, digits)
-    for method in ("gr-zero-warmup", "gr", "gr-r-warmup", "gr-lambda-warmup"):
-        list(trainer.run(method, 0))
-    weights = {kind.alpha for kind in trainer.epochs.compiled}
-    assert weights == {0.0, None, float(np.float32(0.8))}
+def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(trainer, monkeypatch):
+    compile = lambda inputs, kind: kinds.append(kind) or (lambda *args: stop())  # noqa: E731
+    monkeypatch.setattr(trainer.epochs, "_compile", compile)
+    expected = {"plain": 0.0, "gr": float(np.float32(0.8)), "gr-lambda-warmup": None, "sam": 1.0}
+    for method, alpha in expected.items():
+        kinds = []
+        with pytest.raises(StopIteration):
+            trainer.epochs.train(trainer._init(0), weights(trainer, method), None, False)
+        assert kinds[0].alpha == alpha
+
+
+def weights(trainer, method):
+    steps = trainer.steps_per_epoch
+    return np.asarray(regularization(method, TINY.r, TINY.alpha, steps, steps))
+
+
+def stop():
+    raise StopIteration
 
 
 # Early statistics.
 
 
-def test_early_statistics_are_those_of_the_steps_after_the_gradient(digits):
-    trainer = Trainer(dataclasses.replace(TINY, clip_norm=1e9), digits)
+def test_early_statistics_are_those_of_the_steps_after_the_gradient(trainer, digits):
     state = trainer._init(0)
-    early = next(iter(trainer.run("plain", 0)))["early"]
+    # Weight 0 at the first step.
+    early = next(trainer.run("gr-lambda-warmup", 0))["early"]
     assert {len(x) for x in early.values()} == {4}
     shuffle_key, key = jax.random.split(state.key)
     order = jax.random.permutation(shuffle_key, 64)[:16]
     _, dropout_key = jax.random.split(jax.random.fold_in(key, 0))
     batch = [x[order] for x in digits.train]
-    grads = jax.grad(trainer.network.loss, has_aux=True)(state.params, *batch, {}, dropout_key)[0]
+    gradient = jax.jit(jax.grad(trainer.network.loss, has_aux=True))
+    grads = gradient(state.params, *batch, {}, dropout_key)[0]
     squares = np.concatenate([np.ravel(np.asarray(g, float) ** 2) for g in jax.tree.leaves(grads)])
-    np.testing.assert_allclose(early["gradient_norm"][0], np.sqrt(squares.sum()), rtol=1e-4)
+    norm = np.sqrt(squares.sum())
+    np.testing.assert_allclose(early["gradient_norm"][0], norm, rtol=1e-4)
+    clipped = squares * min(1, TINY.clip_norm / norm) ** 2
     np.testing.assert_allclose(
-        early["second_moment_norm"][0], 1e-3 * np.linalg.norm(squares), rtol=1e-4
+        early["second_moment_norm"][0], 1e-3 * np.linalg.norm(clipped), rtol=1e-4
     )
 
 

@@ -208,7 +208,7 @@ PUBLIC = {
         "progress=False)"
     ),
     "diagnostics.worst_case_sharpness": (
-        "(fun, params, *args, rho, steps=20, step_size=None, eta=None, key=None, mask=None, "
+        "(fun, params, *args, rho, steps=100, step_size=None, eta=None, key=None, mask=None, "
         "batch_size=None, has_aux=False, progress=False)"
     ),
     "diagnostics.m_sharpness": (
