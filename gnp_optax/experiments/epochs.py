@@ -9,7 +9,7 @@ import numpy as np
 
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data import Split
-from gnp_optax.experiments.evaluation import early_statistics
+from gnp_optax.experiments.evaluation import early_statistics, rounded
 from gnp_optax.experiments.steps import State, Steps
 
 # So many steps of an epoch have their statistics recorded.
@@ -73,7 +73,7 @@ class Epochs:
             jax.block_until_ready((state, found))
             losses, early = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))
         seconds = time.perf_counter() - start
-        sampled = {name: np.asarray(x)[:: self._stride].tolist() for name, x in early.items()}
+        sampled = {name: rounded(np.asarray(x)[:: self._stride]) for name, x in early.items()}
         return state, float(np.mean(np.asarray(losses))), sampled, seconds
 
     def _batches(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:

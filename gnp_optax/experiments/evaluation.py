@@ -52,7 +52,7 @@ class Evaluation:
         return grads, {
             "gradient_norm": float(norm),
             "sharpness": float(sharpness),
-            "layer_norms": dict(zip(layers.paths, np.asarray(layers.norms).tolist(), strict=True)),
+            "layer_norms": dict(zip(layers.paths, rounded(layers.norms), strict=True)),
         }
 
     def _measure(self, params: Params, statistics: Any, probe: Split) -> tuple[Params, Any]:
@@ -64,6 +64,11 @@ class Evaluation:
         seen: Any
         _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
         return grads, (seen.grad_norm, seen.perturbed_loss - value)
+
+
+def rounded(values: Any) -> list[float]:
+    """Return numbers with five digits, of which a file of many takes a third of the space."""
+    return [float(f"{value:.5g}") for value in np.asarray(values)]
 
 
 def early_statistics(
