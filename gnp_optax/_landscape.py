@@ -33,7 +33,8 @@ def random_direction(key: jax.Array, params: PyTree, *, mask: _selection.Mask = 
     output features, as in Flax and Keras. Each is Gaussian, scaled to the norm of the same filter
     of the parameters, so that landscapes of networks can be compared whatever the scales of their
     layers. Leaves of less than two dimensions (biases, the scales of normalizations) are zero. In
-    an embedding a filter is a feature, not a token.
+    an embedding a filter is a feature, not a token. Layers that are stacked for `lax.scan`, and the
+    heads of attention in kernels of three dimensions, share their filters.
 
     At distance 1 one moves by the norm of the parameters, a hundred times the radius of SAM: what
     SAM does is seen at distances of a few hundredths.

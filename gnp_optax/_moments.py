@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gnp_optax import _numerics
 
@@ -37,7 +38,7 @@ def adaptive_statistics(
     The optimizer multiplies coordinate i of its update by `psi_i`, the adaptive learning rate. With
     the second moment `v` of Adam after t steps, of RMSProp, and of centered RMSProp with mean `m`:
 
-        psi = 1 / (sqrt(v / (1 - b2^t)) + eps)      # optax.adam, optax.adamw, ...
+        psi = 1 / (sqrt(v / (1 - b2^t)) + eps)      # optax.adam, optax.adamw; amsgrad: largest v
         psi = 1 / sqrt(v + eps)                     # optax.rmsprop
         psi = 1 / sqrt(v - m^2 + eps)               # optax.rmsprop(centered=True)
 
@@ -45,10 +46,11 @@ def adaptive_statistics(
     warmup waits until it has fallen; gradient regularization at that time disturbs it.
 
     Args:
-        opt_state: The state of `optax.adamw`, `optax.rmsprop` or any transformation that keeps a
-            second moment as theirs, however deep in `optax.chain`, `optax.inject_hyperparams` and
-            other wrappers. Where there are several, as in `optax.partition`, the statistics are
-            over the coordinates of all.
+        opt_state: The state of `optax.adamw`, `optax.rmsprop` or another optimizer that is made of
+            the same (`lamb`, `nadam`, `amsgrad`; not `adamax`, whose state looks like Adam's),
+            however deep in `optax.chain`, `optax.inject_hyperparams` and other wrappers. Where
+            there are several, as in `optax.partition`, the statistics are over the coordinates of
+            all.
         b2: Decay of Adam's second moment; RMSProp's is not needed.
         eps: The optimizer's epsilon.
 
@@ -57,6 +59,7 @@ def adaptive_statistics(
 
     Raises:
         ValueError: If the state has no second moment.
+        TypeError: If it has one of another kind.
 
     Example:
         >>> import optax
@@ -72,7 +75,13 @@ def adaptive_statistics(
         Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024; Liu et al., "On the
         Variance of the Adaptive Learning Rate and Beyond", ICLR 2020, section 3.
     """
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_has_moment) if _has_moment(x)]
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=has_moment) if has_moment(x)]
+    unknown = {type(state).__name__ for state in states if not isinstance(state, _KNOWN)}
+    if unknown:
+        raise TypeError(
+            f"How {', '.join(sorted(unknown))} makes learning rates of its second moment is not "
+            f"known. Those of adam, adamw, amsgrad and rmsprop (without bias_correction) are."
+        )
     moments = [_numerics.widen(v) for state in states for v in jax.tree.leaves(state.nu)]
     if not moments:
         raise ValueError(
@@ -86,17 +95,26 @@ def adaptive_statistics(
     return AdaptiveStatistics(*(jnp.asarray(x, jnp.float32) for x in every))
 
 
-def _has_moment(node: Any) -> bool:
+_KNOWN = (
+    *(optax.ScaleByAdamState, optax.ScaleByAmsgradState),
+    *(optax.ScaleByRmsState, optax.ScaleByRStdDevState),
+)
+
+
+def has_moment(node: Any) -> bool:
+    """Tell whether a node of an optimizer's state holds second moments, as Optax names them."""
     return isinstance(node, tuple) and "nu" in getattr(node, "_fields", ())
 
 
 def _learning_rates(state: Any, b2: float, eps: float) -> list[jax.Array]:
     moments = [_numerics.widen(v) for v in jax.tree.leaves(state.nu)]
-    if "count" in state._fields:
+    if isinstance(state, optax.ScaleByAmsgradState):
+        return [1 / (jnp.sqrt(_numerics.widen(v)) + eps) for v in jax.tree.leaves(state.nu_max)]
+    if isinstance(state, optax.ScaleByAdamState):
         # Before the first step there is nothing to correct.
         correction = 1 - b2 ** jnp.maximum(state.count, 1)
         return [1 / (jnp.sqrt(v / correction) + eps) for v in moments]
-    if "mu" in state._fields:
+    if isinstance(state, optax.ScaleByRStdDevState):
         means = [_numerics.widen(m) for m in jax.tree.leaves(state.mu)]
         moments = [jnp.maximum(v - m**2, 0) for v, m in zip(moments, means, strict=True)]
     return [jax.lax.rsqrt(v + eps) for v in moments]

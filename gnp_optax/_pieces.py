@@ -117,10 +117,14 @@ def batch_size(name: str, args: Any, kwargs: Any) -> int:
     sizes = {shape[0] if shape else None for shape in shapes.values()}
     if len(sizes) > 1 or None in sizes:
         listed = ", ".join(f"args{path}: {shape}" for path, shape in shapes.items())
+        advice = (
+            "Close over what belongs to no example: lambda params, x: loss_fn(params, x, key)."
+            if name.startswith("diagnostics.")
+            else "Pass what belongs to no example by keyword: loss_fn(params, x, y, key=key)."
+        )
         raise ValueError(
             f"gnp.{name} splits all positional arguments after the parameters along their "
-            f"first axis, the examples, but theirs differ ({listed}). Pass what belongs to no "
-            f"example by keyword: loss_fn(params, x, y, key=key), or close over it."
+            f"first axis, the examples, but theirs differ ({listed}). {advice}"
         )
     size = max(size for size in sizes if size is not None)
     if size == 0:

@@ -29,7 +29,8 @@ memory of one; the result is the mean over all examples, the last, smaller batch
 `progress=True` a bar counts the batches.
 
 Each function compiles itself, once for each loss function: keep the function, and give it what
-changes as an argument. As with `jax.jit`, what a function closes over is read when it is compiled.
+changes as an argument. As with `jax.jit`, what a function closes over is read when it is compiled,
+and kept in memory until `jax.clear_caches()`.
 Measurements of vectors keep them on the devices that the parameters are on: no device holds more of
 a vector than its part. Axes of a mesh that are `Explicit` are taken as `Auto` meanwhile.
 """

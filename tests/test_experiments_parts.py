@@ -9,12 +9,14 @@ import optax
 import pytest
 
 from gnp_optax.experiments import data, optimizers
+from gnp_optax.experiments.__main__ import load
 from gnp_optax.experiments.checkpoints import Checkpoint, pretrained
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.methods import regularization
 from gnp_optax.experiments.networks import Network, model
 from gnp_optax.experiments.plain_statistics import plain_statistics
 from gnp_optax.experiments.recipes import RECIPES, of_epochs
+from gnp_optax.experiments.records import Records
 from gnp_optax.experiments.training import Trainer
 
 TINY = Config(
@@ -69,12 +71,13 @@ def test_the_papers_recipe():
     assert (recipe.r, recipe.alpha, recipe.dropout, recipe.class_token) == (0.1, 1.0, 0.1, True)
 
 
-@pytest.mark.parametrize("warmup_steps", [0, 10])
+@pytest.mark.parametrize("warmup_steps", [0, 10, 85])
 def test_the_learning_rate_falls_in_steps(warmup_steps):
     config = dataclasses.replace(TINY, decay="steps", learning_rate=1.0)
     schedule = optimizers.learning_rate(config, 90, warmup_steps)
     expected = [0.1 ** ((t >= 60) + (t >= 80)) for t in range(90)]
-    expected[:warmup_steps] = [t / warmup_steps for t in range(warmup_steps)]
+    for t in range(warmup_steps):
+        expected[t] *= t / warmup_steps
     np.testing.assert_allclose([schedule(t) for t in range(90)], expected, rtol=1e-6)
 
 
@@ -272,6 +275,71 @@ def test_some_classes_are_numbered_anew(digits):
     np.testing.assert_array_equal(few.train.labels, expected)
     with pytest.raises(ValueError, match="--classes must be some of 0 to 9"):
         data.of_classes(digits, (3, 10))
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_diverged_run_is_never_kept(trainer, tmp_path, monkeypatch, epoch):
+    def diverging(method, state, done):
+        for i in range(len(done), TINY.epochs):
+            yield {"train_loss": float("nan") if i == epoch else 1.0}, state
+
+    monkeypatch.setattr(trainer, "_epochs", diverging)
+    config = dataclasses.replace(TINY, out=tmp_path, checkpoint_minutes=0)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="gr, seed 0: the loss is not finite"):
+            list(trainer.run("gr", 0, Checkpoint(config, ("gr", 0))))
+
+
+def test_a_damaged_checkpoint_is_named(trainer, tmp_path):
+    checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), ("gr", 0))
+    checkpoint.path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"gr-0\.msgpack is damaged"):
+        checkpoint.load(trainer._init(0))
+    checkpoint.save(trainer._init(0), [])
+    with pytest.raises(ValueError, match="was not written by --keep-parameters"):
+        pretrained(checkpoint.path, trainer._init(0))
+
+
+def test_options_on_file_are_those_of_the_same_command(tmp_path):
+    config = dataclasses.replace(TINY, out=tmp_path, classes=(3, 7))
+    Records(config)
+    assert Records(config).runs == {}
+
+
+def test_another_text_in_the_same_folder_is_another_run(tmp_path):
+    found = []
+    for text in ("one", "another"):
+        (tmp_path / "a.txt").write_text(text)
+        found.append(Config(dataset="text", model="gpt", data_dir=tmp_path).options)
+    assert found[0] != found[1]
+
+
+def test_processes_share_the_examples_that_one_would_take(monkeypatch):
+    config = dataclasses.replace(TINY, classes=(0, 1), train_examples=50)
+    whole = load(config, (0, 1)).train
+    assert len(whole.labels) == 50
+    assert set(whole.labels.tolist()) == {0, 1}
+    for i in range(2):
+        part = load(config, (i, 2)).train
+        np.testing.assert_array_equal(part.images, whole.images[i::2])
+
+
+# Steps.
+
+
+def test_every_group_drops_its_own_units(digits):
+    """Of two identical groups; with one key for both they would give what one gives."""
+    config = dataclasses.replace(TINY, dropout=0.5, head="normal")
+    trainer = Trainer(config, digits)
+    state, key = trainer._init(0), jax.random.key(0)
+    half = data.Split(*(x[:8] for x in digits.train))
+    twice = data.Split(*(jnp.concatenate([x, x]) for x in half))
+    steps = dataclasses.replace(trainer.steps, m=8)
+    grads = [
+        jax.jit(steps.regularized)(state, batch, key, 0.1, 0.0, None)[1] for batch in (half, twice)
+    ]
+    kernels = [g["block_0"]["mlp_out"]["kernel"] for g in grads]
+    assert not np.allclose(*kernels, rtol=0.1)
 
 
 # Epochs.

@@ -139,6 +139,11 @@ def test_a_layerwise_method_has_its_number_of_layers_and_budget(method, expected
         ({"data_dir": "somewhere"}, "--data-dir is for --dataset cifar10"),
         ({"methods": ("layerwise-budget",)}, "layerwise-budget needs --budget"),
         ({"m": 5}, "--m must divide --batch-size"),
+        ({"model": "resnet", "dropout": 0.5}, "--dropout has no effect on --model resnet"),
+        ({"model": "resnet", "class_token": True}, "--class-token has no effect"),
+        ({"model": "resnet", "head": "normal"}, "--head normal has no effect"),
+        ({"methods": ("gr-plain-statistics",), "optimizer": "sgd"}, "needs second moments"),
+        ({"methods": ("gr-plain-statistics",), "m": 4}, "nor --m"),
         ({"train_examples": 0}, "--train-examples must be positive"),
         ({"dataset": "text"}, "--dataset text and --model gpt belong together"),
         ({"coordinator": "host:1234"}, "--coordinator is for --distributed, which is missing"),
@@ -175,7 +180,7 @@ def test_an_option_that_changes_runs_changes_the_folder(name):
     special = {"dataset": "cifar10", "dropout": 0.5, "budget": 1.2, "train_examples": 32, "m": 4}
     special |= {"optimizer": "sgd", "decay": "steps", "model": "resnet", "class_token": True}
     special |= {"head": "normal", "dtype": "bfloat16", "classes": (1, 2)}
-    special |= {"pretrained": Path("file")}
+    special |= {"pretrained": Path(__file__)}
     value = special.get(name) or TINY.options[name] * 2
     changed = dataclasses.replace(TINY, **{"epochs": 8, name: value})
     assert changed.folder != dataclasses.replace(TINY, epochs=8).folder

@@ -55,6 +55,26 @@ def test_rmsprop(centered):
     check(state, v, 1 / np.sqrt(v - centered * mean**2 + 1e-8))
 
 
+def test_amsgrad():
+    """Large gradients first, so that the largest second moment is not the last one."""
+    optimizer = optax.amsgrad(1.0, b1=0.0, b2=0.5, eps=1e-3)
+    params = {"w": jnp.ones(2)}
+    state = optimizer.init(params)
+    for g in ([3.0, 1.0], [0.1, 2.0], [0.1, 0.5]):
+        updates, state = optimizer.update({"w": jnp.array(g)}, state, params)
+    psi = -np.asarray(updates["w"]) / np.array([0.1, 0.5])
+    found = adaptive_statistics(state, b2=0.5, eps=1e-3)
+    np.testing.assert_allclose(found[1:3], (psi.mean(), psi.var()), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.adabelief(1e-3), optax.novograd(1e-3)], ids=["belief", "novograd"]
+)
+def test_another_kind_of_second_moment_is_an_error(optimizer):
+    with pytest.raises(TypeError, match=r"is not known\. Those of adam"):
+        adaptive_statistics(state_after(optimizer))
+
+
 ADAM = optax.adam(1e-3)
 
 

@@ -55,18 +55,18 @@ def compare(config: Config) -> str:
     missing = [run for run, is_done in zip(wanted, done or [], strict=True) if not is_done]
     if records and len(missing) < len(wanted):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {records.path} already.")
+        if config.keep_parameters:
+            print("Of these, --keep-parameters keeps nothing: for that they would be done again.")
     if missing:
         part = jax.process_index(), jax.process_count()
-        loaded = _load(config, part)
-        trainer = Trainer(
-            config, data.of_classes(loaded, config.classes) if config.classes else loaded
-        )
+        trainer = Trainer(config, load(config, part))
         total = len(missing) * config.epochs
         with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
             for method, seed in missing:
                 bar.set_description(f"{method}, seed {seed}")
                 # Of several processes, not all may see the folder.
-                checkpoint = None if config.distributed else Checkpoint(config, (method, seed))
+                alone = jax.process_count() == 1
+                checkpoint = Checkpoint(config, (method, seed)) if alone else None
                 epochs = []
                 for metrics in trainer.run(method, seed, checkpoint):
                     epochs.append(metrics)
@@ -88,6 +88,16 @@ def compare(config: Config) -> str:
     title = f"{names[config.model]} on {config.dataset}, {band}"
     figures.draw(runs, title, config.warmup_epochs, config.folder)
     return table
+
+
+def load(config: Config, part: tuple[int, int]) -> data.Data:
+    """Return the data; of the training examples a process's part, `part` (i, n)."""
+    if config.classes or config.train_examples:
+        # What a process takes depends on all examples that are chosen.
+        whole = _load(config, (0, 1))
+        chosen = data.of_classes(whole, config.classes) if config.classes else whole
+        return data.part_of(chosen, part, config.train_examples)
+    return _load(config, part)
 
 
 def _load(config: Config, part: tuple[int, int]) -> data.Data:

@@ -1,6 +1,7 @@
 """Runs on disk: an unfinished one, so that it can go on, and what a finished one has learned."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Checkpoint:
         """Return what was saved, or the fresh state and no epochs if nothing was."""
         if not self.path.exists():
             return fresh, []
-        content = flax.serialization.msgpack_restore(self.path.read_bytes())
-        if content["options"] != self._options:
+        content = _read(self.path)
+        if content.get("options") != self._options:
             raise ValueError(
                 f"{self.path} was made with other options. Choose another folder with --out, or "
                 f"remove it."
@@ -75,7 +76,9 @@ def pretrained(path: Path, fresh: State) -> State:
     """
     if not path.exists():
         raise FileNotFoundError(f"--pretrained: there is no file {path}.")
-    content = flax.serialization.msgpack_restore(path.read_bytes())
+    content = _read(path)
+    if "params" not in content:
+        raise ValueError(f"--pretrained: {path} was not written by --keep-parameters.")
     learned, new = ({**x, "head": None} for x in (content["params"], fresh.params))
     shapes = [jax.tree.map(jax.numpy.shape, x) for x in (learned, new)]
     if shapes[0] != shapes[1]:
@@ -85,10 +88,21 @@ def pretrained(path: Path, fresh: State) -> State:
     return _placed(given, fresh)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = flax.serialization.msgpack_restore(path.read_bytes())
+    except Exception as error:  # msgpack raises errors of many kinds
+        raise ValueError(f"{path} is damaged. Remove it to begin anew.") from error
+    return content
+
+
 def _write(path: Path, content: Any) -> None:
     # A rename puts it in place, so that there is never a moment with half a file.
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(content)))
+    with temporary.open("wb") as file:
+        file.write(flax.serialization.msgpack_serialize(jax.device_get(content)))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -61,7 +61,8 @@ class Config:
     out: Path | None = None
     """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
     checkpoint_minutes: float = 5.0
-    """How often an unfinished run is saved, at the end of an epoch, so that it can go on."""
+    """How often an unfinished run is saved, at the end of an epoch, so that it can go on. (Not with
+    several processes: these begin an unfinished run anew.)"""
 
     keep_parameters: bool = False
     """Write the parameters of every finished run to METHOD-SEED-parameters.msgpack."""
@@ -69,7 +70,8 @@ class Config:
     classes: tuple[int, ...] | None = None
     """Use only the examples of these classes."""
     pretrained: Path | None = None
-    """Fine-tune: start from a file that --keep-parameters has written, all but the head."""
+    """Fine-tune an image model: start from a file that --keep-parameters has written, all but the
+    head."""
     epochs: int = 30
     """Passes over the training set."""
     warmup_epochs: int = 6
@@ -158,17 +160,22 @@ class Config:
             )
         if (self.dataset == "text") != (self.model == "gpt"):
             raise ValueError("--dataset text and --model gpt belong together.")
+        _check_effects(self)
 
     @property
     def options(self) -> dict[str, Any]:
         """What determines a run: neither where the results go nor how many runs there are."""
         options = dataclasses.asdict(self)
-        options["pretrained"] = None if self.pretrained is None else str(self.pretrained)
         for name in (*_AROUND, *_CONNECTION):
             del options[name]
+        # Files by what they hold: another text in the same folder is another run.
+        options["pretrained"] = self.pretrained and _digest([self.pretrained])
+        if self.dataset == "text" and self.data_dir is not None:
+            options["text"] = _digest(sorted(self.data_dir.glob("*.txt")))
         if self.distributed:  # the order of the examples depends on it
             options["devices"] = jax.device_count()
-        return options
+        as_on_file: dict[str, Any] = json.loads(json.dumps(options))
+        return as_on_file
 
     @property
     def folder(self) -> Path:
@@ -180,6 +187,32 @@ class Config:
 def option(name: str) -> str:
     """Return a field's name as it is written on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def _digest(files: list[Path]) -> str:
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        raise FileNotFoundError(f"There is no file {missing[0]}.")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def _check_effects(config: Config) -> None:
+    """Raise for options that would have no effect."""
+    transformer, vit = config.model in ("vit", "gpt"), config.model == "vit"
+    without_effect = {
+        "--classes": config.classes is not None and config.dataset == "text",
+        "--pretrained": config.pretrained is not None and config.model == "gpt",
+        "--dropout": config.dropout > 0 and not transformer,
+        "--class-token": config.class_token and not vit,
+        "--head normal": config.head == "normal" and not vit,
+    }
+    for name, is_so in without_effect.items():
+        if is_so:
+            raise ValueError(f"{name} has no effect on --model {config.model}.")
+    if "gr-plain-statistics" in config.methods and (config.optimizer == "sgd" or config.m):
+        raise ValueError(
+            "gr-plain-statistics needs second moments, so no --optimizer sgd, nor --m."
+        )
 
 
 def _check_numbers(config: Config) -> None:

@@ -61,6 +61,11 @@ class Data(NamedTuple):
         return jnp.where(flips, cropped[:, :, ::-1], cropped)
 
 
+def part_of(data: Data, part: tuple[int, int], first: int | None) -> Data:
+    """Take the first so many training examples, and of these i, i + n, i + 2 n and so on."""
+    return data._replace(train=Split(*(x[:first][part[0] :: part[1]] for x in data.train)))
+
+
 def of_classes(data: Data, classes: tuple[int, ...]) -> Data:
     """Return the examples of some of the classes, which are numbered anew from 0."""
     if not classes or set(classes) - set(range(data.classes)) or len(set(classes)) < len(classes):

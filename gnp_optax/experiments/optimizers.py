@@ -1,5 +1,7 @@
 """Optimizers and their learning rates."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from gnp_optax.experiments.config import Config
@@ -10,13 +12,13 @@ def learning_rate(config: Config, steps: int, warmup_steps: int) -> optax.Schedu
     peak = config.learning_rate
     if config.decay == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps)
-    # The boundaries count from the end of the warmup.
-    tenths = {max(steps * part // 9 - warmup_steps, 0): 0.1 for part in (6, 8)}
-    constant = optax.piecewise_constant_schedule(peak, tenths)
-    if not warmup_steps:
-        return constant
-    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
-    return optax.join_schedules([warmup, constant], [warmup_steps])
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps) if warmup_steps else lambda _: peak
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        falls = sum(jnp.asarray(step) >= steps * part // 9 for part in (6, 8))
+        return jnp.asarray(warmup(step) * 0.1**falls, jnp.float32)
+
+    return schedule
 
 
 def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

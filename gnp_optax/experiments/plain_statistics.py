@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gnp_optax._moments import has_moment
+
 PyTree = Any
 
 
@@ -61,19 +63,15 @@ def plain_statistics(
     return optax.GradientTransformationExtraArgs(optimizer.init, update_fn)
 
 
-def _has_moment(node: Any) -> bool:
-    return isinstance(node, tuple) and "nu" in getattr(node, "_fields", ())
-
-
 def _moments(state: PyTree) -> list[PyTree]:
-    nodes = jax.tree.leaves(state, is_leaf=_has_moment)
-    return [node.nu for node in nodes if _has_moment(node)]
+    nodes = jax.tree.leaves(state, is_leaf=has_moment)
+    return [node.nu for node in nodes if has_moment(node)]
 
 
 def _with_moments(state: PyTree, moments: list[PyTree]) -> PyTree:
     given = iter(moments)
 
     def put(node: Any) -> Any:
-        return node._replace(nu=next(given)) if _has_moment(node) else node
+        return node._replace(nu=next(given)) if has_moment(node) else node
 
-    return jax.tree.map(put, state, is_leaf=_has_moment)
+    return jax.tree.map(put, state, is_leaf=has_moment)

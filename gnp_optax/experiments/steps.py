@@ -38,9 +38,8 @@ class Steps:
         self, state: State, batch: Split, key: jax.Array, r: Any, alpha: Any, mask: Any
     ) -> Outcome:
         """Give the optimizer the regularized gradient."""
-        (loss, statistics), grads = self._gradient(r, alpha, mask)(
-            state.params, *batch, statistics=state.statistics, key=key
-        )
+        gradient = self._gradient(r, alpha, mask)
+        (loss, statistics), grads = gradient(state.params, batch, state.statistics, key)
         updated = self.optimizer.update(grads, state.opt_state, state.params)
         return loss, grads, _next(state, statistics, *updated)
 
@@ -63,17 +62,23 @@ class Steps:
 
     def _gradient(self, r: Any, alpha: Any, mask: Any) -> Callable[..., Any]:
         scope = "all" if mask is None else "masked"
-        loss = self.network.loss
+
+        def loss(params: Params, batch: Split, keys: jax.Array, *, statistics: Any) -> Any:
+            # Every example comes with a key, so that every group has one of its own.
+            return self.network.loss(params, *batch, statistics, keys[0])
+
         gradient = gnp.value_and_grad(loss, r, alpha, mask=mask, scope=scope, has_aux=True)
-        if self.m is None:
-            return gradient
-        grouped = gnp.batching.m_sharpness(gradient, self.m, has_aux=True)
+        if self.m is not None:
+            gradient = gnp.batching.m_sharpness(gradient, self.m, has_aux=True)
 
-        def of_groups(*args: Any, **kwargs: Any) -> Any:
-            (loss, statistics), grads = grouped(*args, **kwargs)
-            return (loss, jax.tree.map(lambda x: x.mean(0), statistics)), grads
+        def of_batch(params: Params, batch: Split, statistics: Any, key: jax.Array) -> Any:
+            if self.m is None:
+                return gradient(params, batch, key[None], statistics=statistics)
+            keys = jax.random.split(key, len(batch.labels))
+            (value, each), grads = gradient(params, batch, keys, statistics=statistics)
+            return (value, jax.tree.map(lambda x: x.mean(0), each)), grads
 
-        return of_groups
+        return of_batch
 
 
 def _next(state: State, statistics: Statistics, updates: Params, opt_state: Any) -> State:

@@ -13,16 +13,13 @@ from gnp_optax.experiments import checkpoints, methods, optimizers
 from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data import Data, Split
-from gnp_optax.experiments.devices import Devices
+from gnp_optax.experiments.devices import Devices, is_first
 from gnp_optax.experiments.epochs import Epochs, joined
 from gnp_optax.experiments.evaluation import UNTESTED, Evaluation
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.networks import Network, Params, model
 from gnp_optax.experiments.records import Metrics
 from gnp_optax.experiments.steps import State, Steps
-
-# So many steps of an epoch have their statistics recorded.
-_SAMPLES = 16
 
 
 class Trainer:
@@ -42,7 +39,7 @@ class Trainer:
                     f"{option(name)} must be a multiple of the {devices.count} devices."
                 )
         # Of shape (device, example, ...), as a batch is of (device, example, ...).
-        self.train = devices.divide(Split(*(x[: config.train_examples] for x in data.train)))
+        self.train = devices.divide(data.train)
         each = self.train.labels.shape[1]
         self.steps_per_epoch = devices.count * each // config.batch_size
         if self.steps_per_epoch == 0:
@@ -78,14 +75,16 @@ class Trainer:
         start, done = checkpoint.load(fresh) if checkpoint else (fresh, [])
         yield from done
         for metrics, state in self._epochs(method, start, done):
+            # Before anything is kept: a run that has diverged is never a finished one.
+            if not np.isfinite(metrics["train_loss"]):
+                raise FloatingPointError(f"{method}, seed {seed}: the loss is not finite.")
             done = [*done, {"method": method, "seed": seed, **metrics}]
             if checkpoint:
                 checkpoint.keep(state, done)
-            if self.config.keep_parameters and len(done) == self.config.epochs:
+            is_last = len(done) == self.config.epochs
+            if self.config.keep_parameters and is_last and is_first():
                 checkpoints.keep_parameters(self.config, (method, seed), state)
             yield done[-1]
-            if not np.isfinite(metrics["train_loss"]):
-                raise FloatingPointError(f"{method}, seed {seed}: the loss is not finite.")
 
     def _epochs(
         self, method: Method, state: State, done: list[Metrics]
