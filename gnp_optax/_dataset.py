@@ -153,7 +153,7 @@ def measure(
     batches = 1
     if batch_size is not None:
         _checks.check_integer("batch_size", batch_size, at_least=1)
-        examples = _pieces.batch_size(f"diagnostics.{name}", args, {})
+        examples = _pieces.batch_size(f"diagnostics.{name}", args, None)
         batch_size = min(int(batch_size), examples)
         batches = -(-examples // batch_size)
         batch_size = batch_size if batches > 1 else None

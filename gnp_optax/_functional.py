@@ -110,14 +110,14 @@ def value_and_grad(
             return with_aux(parts.unite(perturbed, unperturbed), *args, **kwargs)
 
         def ascend(grads: Arrays) -> tuple[Arrays, Any]:
-            state = ascent.init(params)
-            if jax.tree.leaves(state):
-                raise ValueError(
-                    "This direction has a state, and value_and_grad keeps none between steps. Use "
-                    "the transformation: gnp.gradient_regularization(r, alpha, direction=...)."
-                )
             filled = parts.unite(grads, [jnp.zeros_like(w) for w in unperturbed])
-            found, state = ascent.update(filled, state, params)
+            found, state = _perturbation.ascend_without_state(
+                ascent,
+                filled,
+                params,
+                "value_and_grad keeps none between steps. Use the transformation: "
+                "gnp.gradient_regularization(r, alpha, direction=...).",
+            )
             return parts.divide(found)[0], state
 
         # Everything up to the boundary is computed once; the rest is a loss like any other.

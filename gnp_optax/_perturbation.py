@@ -14,6 +14,7 @@ import optax
 
 from gnp_optax import _checks, _loss, _numerics, _selection, directions
 
+PyTree = Any
 Arrays = list[Any]
 Point = tuple[Arrays, Arrays]  # what is perturbed, and the rest
 Gradient = tuple[Arrays, Arrays]  # of the same
@@ -51,6 +52,16 @@ def resolve_direction(
     direction = directions.normalized() if direction is None else direction
     _checks.check_direction(direction)
     return optax.with_extra_args_support(direction)
+
+
+def ascend_without_state(
+    direction: optax.GradientTransformationExtraArgs, grads: PyTree, params: PyTree, advice: str
+) -> tuple[PyTree, Any]:
+    """Return the direction of ascent and its state, or raise with the advice if there is one."""
+    state = direction.init(params)
+    if jax.tree.leaves(state):
+        raise ValueError(f"This direction has a state, and {advice}")
+    return direction.update(grads, state, params)
 
 
 def regularize(

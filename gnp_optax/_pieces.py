@@ -105,8 +105,11 @@ def check_params(name: str, params: PyTree) -> None:
         )
 
 
-def batch_size(name: str, args: Any, kwargs: Any) -> int:
-    """Return the number of examples in the arguments that the public function `name` splits."""
+def batch_size(name: str, args: Any, kwargs: Any | None) -> int:
+    """Return the number of examples in the arguments that the public function `name` splits.
+
+    `kwargs` is None if the function takes no keyword arguments for the loss.
+    """
     shapes = _shapes(args)
     if not shapes:
         raise ValueError(
@@ -119,7 +122,7 @@ def batch_size(name: str, args: Any, kwargs: Any) -> int:
         listed = ", ".join(f"args{path}: {shape}" for path, shape in shapes.items())
         advice = (
             "Close over what belongs to no example: lambda params, x: loss_fn(params, x, key)."
-            if name.startswith("diagnostics.")
+            if kwargs is None
             else "Pass what belongs to no example by keyword: loss_fn(params, x, y, key=key)."
         )
         raise ValueError(
@@ -129,7 +132,7 @@ def batch_size(name: str, args: Any, kwargs: Any) -> int:
     size = max(size for size in sizes if size is not None)
     if size == 0:
         raise ValueError(f"gnp.{name} was given an empty batch.")
-    for keyword, x in kwargs.items():
+    for keyword, x in (kwargs or {}).items():
         # Not what is in a tree (statistics, a teacher), and not a key made of two integers.
         has_rows = isinstance(x, (jax.Array, np.ndarray)) and x.shape[:1] == (size,)
         if has_rows and size > 1 and x.dtype != jnp.uint32:

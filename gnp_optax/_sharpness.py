@@ -148,7 +148,7 @@ def m_sharpness(
     """
     _checks.check_scalar("rho", rho)
     _checks.check_integer("m", m, at_least=1)
-    size = _pieces.batch_size("diagnostics.m_sharpness", args, {})
+    size = _pieces.batch_size("diagnostics.m_sharpness", args, None)
     if size % m:
         raise ValueError(
             f"{size} examples have no groups of {m}: m must divide their number. Leave "

@@ -121,14 +121,12 @@ def _ascent(
     direction: optax.GradientTransformation | None,
 ) -> Arrays:
     ascent = directions.normalized() if direction is None else direction
-    ascent = optax.with_extra_args_support(ascent)
-    state = ascent.init(params)
-    if jax.tree.leaves(state):
-        raise ValueError(
-            "This direction has a state, and a measurement keeps none. Use one without, such as "
-            "direction=gnp.directions.normalized()."
-        )
-    found, _ = ascent.update(losses.filled(grads), state, params)
+    found, _ = _perturbation.ascend_without_state(
+        optax.with_extra_args_support(ascent),
+        losses.filled(grads),
+        params,
+        "a measurement keeps none. Use one without, such as direction=gnp.directions.normalized().",
+    )
     return losses.parts.divide(found)[0]
 
 

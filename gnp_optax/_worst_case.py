@@ -49,7 +49,7 @@ def worst_case_sharpness(
         *args: Further arguments of `fun`, such as inputs and labels.
         rho: Radius of the ball, in the units of the parameters; with `eta`, relative to them.
         steps: Number of steps, each one gradient; one is `sharpness`. Take more of them until the
-            result stops to grow: 20 may miss a quarter of it.
+            result stops growing: 20 may miss a quarter of it.
         step_size: Length of the second step, in the units of rho, which is the default; it falls
             linearly to 0.
         eta: Added to the magnitudes in T; `None` for a ball that is round.

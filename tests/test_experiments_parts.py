@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from gnp_optax.experiments import data, optimizers
 from gnp_optax.experiments.__main__ import load
@@ -19,17 +20,7 @@ from gnp_optax.experiments.recipes import RECIPES, of_epochs
 from gnp_optax.experiments.records import Records
 from gnp_optax.experiments.training import Trainer
 
-TINY = Config(
-    epochs=3,
-    warmup_epochs=1,
-    batch_size=16,
-    patch_size=4,
-    width=8,
-    depth=1,
-    heads=1,
-    layers=2,
-    probe_examples=16,
-)
+TINY = dataclasses.replace(tiny.TINY, epochs=3)
 
 
 def images(n, side, channels, seed=0):
@@ -40,9 +31,7 @@ def images(n, side, channels, seed=0):
 
 @pytest.fixture(scope="module")
 def digits():
-    loaded = data.digits()
-    train, test = (data.Split(*(x[:n] for x in s)) for s, n in zip(loaded, (64, 32), strict=False))
-    return loaded._replace(train=train, test=test)
+    return tiny.digits()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from PIL import Image
+from tiny import TINY
 
 import gnp_optax as gnp
 from gnp_optax.experiments import __main__, data, figures, report
@@ -30,26 +32,11 @@ METRICS = {
     *("gradients_per_step", "seconds_per_step", "perturbed_layers"),
     *("test_loss", "layer_norms", "early"),
 }
-TINY = Config(
-    seeds=2,
-    epochs=2,
-    warmup_epochs=1,
-    batch_size=16,
-    patch_size=4,
-    width=8,
-    depth=1,
-    heads=1,
-    layers=2,
-    probe_examples=16,
-)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """64 digits to train on, so 4 steps an epoch, and 48 to test."""
-    digits = data.digits()
-    train, test = (data.Split(*(x[:n] for x in s)) for s, n in zip(digits, (64, 48), strict=False))
-    return digits._replace(train=train, test=test)
+    return tiny.digits()
 
 
 @pytest.fixture(scope="module")

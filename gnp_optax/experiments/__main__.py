@@ -16,7 +16,7 @@ from gnp_optax.experiments import cost, data, devices, figures, precision, repor
 from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.recipes import RECIPES, of_epochs
-from gnp_optax.experiments.records import Records
+from gnp_optax.experiments.records import Records, Run
 from gnp_optax.experiments.training import Trainer
 
 
@@ -58,27 +58,33 @@ def compare(config: Config) -> str:
         if config.keep_parameters:
             print("Of these, --keep-parameters keeps nothing: for that they would be done again.")
     if missing:
-        part = jax.process_index(), jax.process_count()
-        trainer = Trainer(config, load(config, part))
-        total = len(missing) * config.epochs
-        with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
-            for method, seed in missing:
-                bar.set_description(f"{method}, seed {seed}")
-                # Of several processes, not all may see the folder.
-                alone = jax.process_count() == 1
-                checkpoint = Checkpoint(config, (method, seed)) if alone else None
-                epochs = []
-                for metrics in trainer.run(method, seed, checkpoint):
-                    epochs.append(metrics)
-                    bar.set_postfix_str(f"test error {metrics['test_error']:.1f} %", refresh=False)
-                    bar.update()
-                if records:
-                    records.append((method, seed), epochs)
-                if checkpoint:
-                    checkpoint.remove()
-    if records is None:
-        return ""
-    runs = {run: records.runs[run] for run in wanted}
+        _train(config, missing, records)
+    return "" if records is None else _reported(config, {run: records.runs[run] for run in wanted})
+
+
+def _train(config: Config, missing: list[Run], records: Records | None) -> None:
+    part = jax.process_index(), jax.process_count()
+    trainer = Trainer(config, load(config, part))
+    total = len(missing) * config.epochs
+    with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
+        for method, seed in missing:
+            bar.set_description(f"{method}, seed {seed}")
+            # Of several processes, not all may see the folder.
+            alone = jax.process_count() == 1
+            checkpoint = Checkpoint(config, (method, seed)) if alone else None
+            epochs = []
+            for metrics in trainer.run(method, seed, checkpoint):
+                epochs.append(metrics)
+                bar.set_postfix_str(f"test error {metrics['test_error']:.1f} %", refresh=False)
+                bar.update()
+            if records:
+                records.append((method, seed), epochs)
+            if checkpoint:
+                checkpoint.remove()
+
+
+def _reported(config: Config, runs: report.Runs) -> str:
+    """Write the table and the figures, and return the table."""
     if note := report.selections(runs):
         print(note)
     table = report.table(runs)

@@ -1,7 +1,6 @@
 """Runs on disk: an unfinished one, so that it can go on, and what a finished one has learned."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import flax.serialization
 import jax
 
 from gnp_optax.experiments.config import Config
-from gnp_optax.experiments.records import Metrics, Run
+from gnp_optax.experiments.records import Metrics, Run, replace
 
 State = Any
 
@@ -97,13 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    # A rename puts it in place, so that there is never a moment with half a file.
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(flax.serialization.msgpack_serialize(jax.device_get(content)))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace(path, flax.serialization.msgpack_serialize(jax.device_get(content)))
 
 
 def _placed(state: State, like: State) -> State:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from gnp_optax import _curves
+from gnp_optax.experiments import drawing
 from gnp_optax.experiments.report import markdown
 
 CAPTION = """\
@@ -77,14 +79,9 @@ def figure(found: dict[str, Any], title: str, path: Path) -> None:
 
     The line is `1 + q`; the bars are the quartiles over the rounds.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     plain = found["rows"][0]
     names = ["FLOPs", "wall-clock"] if plain["seconds"] else ["FLOPs"]
-    canvas = Figure(figsize=(1 + 4.5 * len(names), 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(canvas)
-    panels = canvas.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    canvas, panels = drawing.canvas(len(names), 1 + 4.5 * len(names), 4.8, sharey=True)
     for axes, name in zip(panels, names, strict=True):
         _draw_share(axes, found)
         for scope in STYLES:
@@ -94,13 +91,9 @@ def figure(found: dict[str, Any], title: str, path: Path) -> None:
         blocks = [suffix["block"] for suffix in found["suffixes"]]
         axes.set_xticks(blocks, ["head" if b == last else str(b) for b in blocks])
         axes.set(xlabel=f"first perturbed block (0 to {last - 1})", title=name)
-        axes.grid(True, alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _curves.tidy(axes)
     panels[0].set_ylabel("cost, in plain gradients")
-    handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    canvas.suptitle(title, fontsize=11)
-    canvas.savefig(path)
+    drawing.save(canvas, panels[0], title, path, columns=3)
 
 
 def _draw_share(axes: Any, found: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ class Data(NamedTuple):
         return jnp.where(flips, cropped[:, :, ::-1], cropped)
 
 
-def part_of(data: Data, part: tuple[int, int], first: int | None) -> Data:
+def part_of(data: Data, part: tuple[int, int], first: int | None = None) -> Data:
     """Take the first so many training examples, and of these i, i + n, i + 2 n and so on."""
     return data._replace(train=Split(*(x[:first][part[0] :: part[1]] for x in data.train)))
 
@@ -93,9 +93,8 @@ def digits(part: tuple[int, int] = (0, 1)) -> Data:
     images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
     splits = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = map(jnp.asarray, splits)
-    train = Split(train_images[part[0] :: part[1]], train_labels[part[0] :: part[1]])
-    test = Split(test_images, test_labels)
-    return Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,))
+    train, test = Split(train_images, train_labels), Split(test_images, test_labels)
+    return part_of(Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,)), part)
 
 
 def cifar10(data_dir: Path | None, part: tuple[int, int] = (0, 1)) -> Data:
@@ -150,8 +149,7 @@ def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> 
         return Split(jnp.asarray(inputs), jnp.asarray(targets))
 
     train, test = examples(numbers[:test_start]), examples(numbers[test_start:])
-    train = Split(*(x[part[0] :: part[1]] for x in train))
-    return Data(train, test, classes=len(vocabulary))
+    return part_of(Data(train, test, classes=len(vocabulary)), part)
 
 
 def _download() -> Path:

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from gnp_optax import plots
+from gnp_optax import _curves, plots
+from gnp_optax.experiments import drawing
 from gnp_optax.experiments.records import Metrics
 from gnp_optax.experiments.report import STYLES, Runs, mean_over_epochs, methods
 
@@ -36,7 +38,7 @@ def curves(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
 
     The band reaches from the smallest to the largest of the seeds.
     """
-    canvas, panels = _canvas(2)
+    canvas, panels = drawing.canvas(2, 10.0, 4.8)
     names = (("test_error", "test error, %"), ("gradient_norm", "gradient norm"))
     for axes, (key, label) in zip(panels, names, strict=True):
         for method in methods(runs):
@@ -45,13 +47,13 @@ def curves(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
             _band(axes, 1 + np.flatnonzero(measured), values[:, measured], method)
         positive = any(epoch[key] > 0 for run in runs.values() for epoch in run)
         _finish(axes, label, warmup_epochs, positive)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    _save(canvas, panels[0], title, path)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    drawing.save(canvas, panels[0], title, path, columns=4)
 
 
 def early(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
     """Draw what an adaptive optimizer sees in the warmup and as long again."""
-    canvas, panels = _canvas(len(_EARLY))
+    canvas, panels = drawing.canvas(len(_EARLY), 5.0 * len(_EARLY), 4.8)
     for axes, (key, label) in zip(panels, _EARLY, strict=True):
         for method in methods(runs):
             chosen = [run[: max(2 * warmup_epochs, 1)] for run in _runs_of(runs, method)]
@@ -59,7 +61,7 @@ def early(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
             each = len(chosen[0][0]["early"][key])
             _band(axes, np.arange(values.shape[1]) / each, values, method)
         _finish(axes, label, warmup_epochs, is_log=True)
-    _save(canvas, panels[0], title, path)
+    drawing.save(canvas, panels[0], title, path, columns=4)
 
 
 def layers(runs: Runs, title: str, path: Path) -> None:
@@ -68,7 +70,7 @@ def layers(runs: Runs, title: str, path: Path) -> None:
     Dots mark the layers that were penalized.
     """
     shown = [m for m in methods(runs) if m == "plain" or m.startswith("layerwise")]
-    canvas, panels = _canvas(len(shown), height=7.0)
+    canvas, panels = drawing.canvas(len(shown), 5.0 * len(shown), 7.0)
     for axes, method in zip(panels, shown, strict=True):
         run = _runs_of(runs, method)[0]
         names = sorted(run[0]["layer_norms"], key=_natural)
@@ -83,7 +85,7 @@ def layers(runs: Runs, title: str, path: Path) -> None:
 
 def tradeoff(runs: Runs, title: str, path: Path) -> None:
     """Draw the test error against the cost of a step, with the spread of the seeds."""
-    canvas, (axes,) = _canvas(1, width=6.0, height=5.6)
+    canvas, (axes,) = drawing.canvas(1, 6.0, 5.6)
     costs: list[float] = []
     for i, method in enumerate(methods(runs)):
         label, color, _ = STYLES[method]
@@ -97,18 +99,8 @@ def tradeoff(runs: Runs, title: str, path: Path) -> None:
         marker: Any = {"fmt": _MARKERS[i % len(_MARKERS)], "color": color, "label": label}
         axes.errorbar([cost], [mean], yerr=spread, capsize=3, **marker)
     axes.set(xlabel="cost of a step, in plain gradients", ylabel="test error, %")
-    axes.grid(True, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(canvas, axes, title, path, columns=3)
-
-
-def _canvas(panels: int, width: float | None = None, height: float = 4.8) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(width or 5 * panels, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(canvas)
-    return canvas, canvas.subplots(1, panels, squeeze=False)[0]
+    _curves.tidy(axes)
+    drawing.save(canvas, axes, title, path, columns=3)
 
 
 def _runs_of(runs: Runs, method: str) -> list[list[Metrics]]:
@@ -126,17 +118,9 @@ def _finish(axes: Any, label: str, warmup_epochs: int, is_log: bool) -> None:
         at: Any = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "va": "top"}
         axes.axvline(warmup_epochs, color="grey", lw=0.8, ls=":")
         axes.text(warmup_epochs, 1.0, " warmup ends", color="grey", **at)
-    axes.grid(True, alpha=0.3)
+    _curves.tidy(axes)
     if is_log:
         _plain_numbers(axes.yaxis)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(canvas: Any, panel: Any, title: str, path: Path, columns: int = 4) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    canvas.suptitle(title, fontsize=11)
-    canvas.savefig(path)
 
 
 def _natural(name: str) -> tuple[Any, ...]:
@@ -150,8 +134,6 @@ def _natural(name: str) -> tuple[Any, ...]:
 
 def _plain_numbers(axis: Any) -> None:
     """Label a logarithmic axis with 2, 5, 10, 20, ... instead of powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -1,6 +1,7 @@
 """Named settings: the papers', and smaller ones."""
 
 import dataclasses
+from typing import Any
 
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.methods import Method
@@ -51,30 +52,57 @@ _RESNET20 = Config(
     probe_examples=1024,
 )
 
+# A transformer for characters, of a usual size.
+_TEXT = Config(
+    dataset="text",
+    methods=_LAYERWISE,
+    epochs=10,
+    warmup_epochs=1,
+    batch_size=64,
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    budget=1.25,
+    model="gpt",
+    length=256,
+    width=384,
+    depth=6,
+    heads=6,
+    dropout=0.2,
+    dtype="bfloat16",
+)
+
 # The same, of a size that a few CPU cores train in an hour.
+_SMALL: Any = {
+    "train_examples": 7680,
+    "test_every": 5,
+    "dtype": "float32",
+    "probe_examples": 512,
+}
 _SMALL_VIT = dataclasses.replace(
     _VIT_TI,
     epochs=15,
     warmup_epochs=2,
     batch_size=128,
-    train_examples=7680,
-    test_every=5,
     patch_size=8,
     width=64,
     depth=4,
     heads=4,
-    dtype="float32",
-    probe_examples=512,
+    **_SMALL,
 )
-_SMALL_RESNET = dataclasses.replace(
-    _RESNET20,
-    epochs=15,
-    train_examples=7680,
-    test_every=5,
-    width=8,
-    depth=1,
+_SMALL_RESNET = dataclasses.replace(_RESNET20, epochs=10, width=8, depth=1, **_SMALL)
+_SMALL_TEXT = dataclasses.replace(
+    _TEXT,
+    epochs=5,
+    batch_size=32,
+    learning_rate=3e-3,
+    train_examples=4096,
+    length=64,
+    width=64,
+    depth=4,
+    heads=4,
+    dropout=0.0,
     dtype="float32",
-    probe_examples=512,
 )
 
 
@@ -109,38 +137,9 @@ RECIPES: dict[str, Config] = {
     "small-vit": _SMALL_VIT,
     "smaller-vit": dataclasses.replace(_SMALL_VIT, width=32, depth=3, heads=2),
     "small-resnet": _SMALL_RESNET,
-    "text": Config(
-        dataset="text",
-        methods=_LAYERWISE,
-        epochs=10,
-        warmup_epochs=1,
-        batch_size=64,
-        learning_rate=1e-3,
-        weight_decay=0.1,
-        clip_norm=1.0,
-        budget=1.25,
-        model="gpt",
-        length=256,
-        width=384,
-        depth=6,
-        heads=6,
-        dropout=0.2,
-        dtype="bfloat16",
-    ),
+    "text": _TEXT,
+    "small-text": _SMALL_TEXT,
 }
-RECIPES["small-text"] = dataclasses.replace(
-    RECIPES["text"],
-    epochs=5,
-    batch_size=32,
-    learning_rate=3e-3,
-    train_examples=4096,
-    length=64,
-    width=64,
-    depth=4,
-    heads=4,
-    dropout=0.0,
-    dtype="float32",
-)
 # A Vision Transformer learns five classes of CIFAR-10, and is fine-tuned on the other five.
 for _name, _base in (("vit-ti", _VIT_TI), ("small-vit", _SMALL_VIT)):
     RECIPES[f"{_name}-pretraining"] = dataclasses.replace(

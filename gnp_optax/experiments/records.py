@@ -45,12 +45,13 @@ class Records:
         }
         self.runs = complete
         header = lines[0] if lines else {"options": config.options, **environment()}
-        _write(self.path, [header, *(line for epochs in complete.values() for line in epochs)])
+        kept = [header, *(line for epochs in complete.values() for line in epochs)]
+        replace(self.path, _text(kept).encode())
 
     def append(self, run: Run, epochs: list[Metrics]) -> None:
         """Add a finished run, to the file first."""
         with self.path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in epochs))
+            file.write(_text(epochs))
             file.flush()
             os.fsync(file.fileno())
         self.runs[run] = epochs
@@ -70,11 +71,18 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _write(path: Path, lines: list[dict[str, Any]]) -> None:
-    # A rename is atomic: there is never a moment with half a file.
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file whole: there is never a moment with half of it."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)  # a rename, which is atomic
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:

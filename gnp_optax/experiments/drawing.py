@@ -1,0 +1,23 @@
+"""What the figures of the experiments have in common."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def canvas(panels: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure, of a size in inches, and its panels in a row."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, panels, squeeze=False, **options)[0].tolist()
+
+
+def save(figure: Figure, panel: Axes, title: str, path: Path, columns: int) -> None:
+    """Write the figure to a file, beneath it the legend of one of its panels."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)
