@@ -8,11 +8,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def canvas(panels: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure, of a size in inches, and its panels in a row."""
+def canvas(
+    panels: int, width: float, height: float, *, rows: int = 1, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure, of a size in inches, and its panels in rows."""
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels, squeeze=False, **options)[0].tolist()
+    found = figure.subplots(rows, -(-panels // rows), squeeze=False, **options).ravel().tolist()
+    for unused in found[panels:]:
+        unused.remove()
+    return figure, found[:panels]
 
 
 def save(figure: Figure, panel: Axes, title: str, path: Path, columns: int) -> None:

@@ -70,7 +70,9 @@ def layers(runs: Runs, title: str, path: Path) -> None:
     Dots mark the layers that were penalized.
     """
     shown = [m for m in methods(runs) if m == "plain" or m.startswith("layerwise")]
-    canvas, panels = drawing.canvas(len(shown), 5.0 * len(shown), 7.0)
+    columns = min(len(shown), 3)
+    rows = -(-len(shown) // columns)
+    canvas, panels = drawing.canvas(len(shown), 5.0 * columns, 7.0 * rows, rows=rows)
     for axes, method in zip(panels, shown, strict=True):
         run = _runs_of(runs, method)[0]
         names = sorted(run[0]["layer_norms"], key=_natural)
