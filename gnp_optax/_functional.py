@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _numerics, _parts, _perturbation, _prefix
+from gnp_optax import _checks, _loss, _mixing, _numerics, _parts, _perturbation, _prefix
 from gnp_optax._selection import Mask
 
 PyTree = Any
@@ -121,9 +121,9 @@ def value_and_grad(
             return parts.divide(found)[0], state
 
         # Everything up to the boundary is computed once; the rest is a loss like any other.
-        one_pass = _perturbation.is_known_to_be(0, alpha)
+        one_pass = _mixing.is_known_to_be(0, alpha)
         # Traced once, the suffix could not compute in two types.
-        if one_pass or _perturbation.is_retyped(perturbed, perturb_dtype):
+        if one_pass or _mixing.is_retyped(perturbed, perturb_dtype):
             prefix, suffix = _prefix.uncut(loss)
         else:
             prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
@@ -136,7 +136,9 @@ def value_and_grad(
             (at_unperturbed,) = pullback(grads[1])
             return grads[0], at_unperturbed
 
-        gradient = jax.value_and_grad(rest, argnums=(0, 1), has_aux=True)
+        point = perturbed, boundary
+        typed = _perturbation.typed(rest, point, perturb_dtype)
+        gradient = jax.value_and_grad(typed, argnums=(0, 1), has_aux=True)
         # `H d` may be far smaller than the gradient. Where the boundary is of low precision the two
         # are added behind it, in the parameters.
         separately = curvature == "exact" and scope == "all" and any(map(_is_narrow, boundary))
@@ -155,10 +157,22 @@ def value_and_grad(
 
             second_pass = _perturbation.extrapolation(product, perturbed, grads, r, alpha)
         else:
-            (value, aux), grads = gradient(perturbed, boundary)
-            point = perturbed, boundary
+            # Where both passes ask for the same, they are traced once.
+            same = scope == "all" or not boundary
+            if same and not one_pass:
+                gradient = _loss.traced_once(gradient, *point)
+            (value, aux), grads = gradient(*point)
+
+            def gradient_at(
+                moved: Arrays, others: Arrays
+            ) -> tuple[jax.Array, _perturbation.Gradient]:
+                if not same:
+                    return _perturbation.gradient(typed, (moved, others), scope)
+                (value, _), found = gradient(moved, others)
+                return value, found
+
             second_pass = _perturbation.finite_difference(
-                rest, point, grads, r, alpha, scope, perturb_dtype
+                gradient_at, point, grads, r, alpha, perturb_dtype
             )
         regularized, _, _ = _perturbation.regularize(
             grads, ascend=ascend, second_pass=second_pass, observe=lambda second: None, alpha=alpha

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gnp_optax import _dataset, _layout, _numerics, _perturbation
+from gnp_optax import _dataset, _layout, _mixing, _numerics
 
 PyTree = Any
 Arrays = list[Any]
@@ -28,7 +28,7 @@ def losses_at(
     def at(point: jax.Array) -> jax.Array:
         steps = [_combination(point, list(axes)) for axes in zip(*basis, strict=True)]
         pairs = zip(losses.perturbed, steps, strict=True)
-        return losses.value([_perturbation.perturb(w, d, 1.0) for w, d in pairs])
+        return losses.value([_mixing.perturb(w, d, 1.0) for w, d in pairs])
 
     # One after the other: `vmap` would keep as many networks in memory.
     return jax.lax.map(at, points)
@@ -66,7 +66,7 @@ def filter_normalized(layout: _layout.Layout, key: jax.Array, params: PyTree) ->
 
 def _between(start: jax.Array, end: jax.Array, position: jax.Array) -> jax.Array:
     # A mixture, not a step from the start, so that both ends are exact.
-    wide = _perturbation.mix(_numerics.widen(start), _numerics.widen(end), position)
+    wide = _mixing.mix(_numerics.widen(start), _numerics.widen(end), position)
     return _numerics.round_to(wide, start.dtype)
 
 

@@ -1,7 +1,8 @@
 """The user's loss function, checked where it is called."""
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +48,50 @@ def at_types(loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     except Exception:  # Python sees values, or aux is no array; an error of the loss comes again
         return loss
     return lambda *args: converted(*args, *held)
+
+
+def split(aux: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """Return what was computed of aux, and a function that puts other values in its place.
+
+    Aux may hold anything; what is no array of this trace is returned as it is.
+    """
+    leaves, treedef = jax.tree.flatten(aux)
+    static = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in leaves]
+
+    def fill(computed: Iterable[Any]) -> Any:
+        found = iter(computed)
+        return jax.tree.unflatten(treedef, [next(found) if x is None else x[0] for x in static])
+
+    return [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)], fill
+
+
+def traced_once(gradient: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Return the same function to `((value, aux), grads)`, traced here and no more when called.
+
+    For a large network, Python takes as long to trace the loss as XLA to compile a part of it.
+    """
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+        return gradient  # outside `jit`, where it would be compiled by every call
+    _, fill = split(None)
+
+    # Inlined, since what a pass does not need would else be hidden in the call.
+    @functools.partial(jax.jit, inline=True)
+    def computed(*args: Any) -> Any:
+        nonlocal fill
+        (value, aux), grads = gradient(*args)
+        arrays, fill = split(aux)
+        return (value, arrays), grads
+
+    try:
+        jax.eval_shape(computed, *args)
+    except Exception:  # inside `jax.grad` alone, Python may see values; an error comes again
+        return gradient
+
+    def traced(*args: Any) -> Any:
+        (value, arrays), grads = computed(*args)
+        return (value, fill(arrays)), grads
+
+    return traced
 
 
 def closure(

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from gnp_optax import _checks, _loss, _numerics, _selection, directions
+from gnp_optax import _checks, _loss, _mixing, _numerics, _selection, directions
 
 PyTree = Any
 Arrays = list[Any]
@@ -101,35 +100,35 @@ def regularize(
 
     if isinstance(alpha, jax.core.Tracer):
         return jax.lax.cond(alpha == 0, skip, run)
-    return skip() if is_known_to_be(0, alpha) else run()
+    return skip() if _mixing.is_known_to_be(0, alpha) else run()
 
 
-def is_known_to_be(number: int, alpha: jax.typing.ArrayLike) -> bool:
-    """Whether a weight is this number, and not one that is traced."""
-    # In NumPy, since under `jit` a comparison of concrete JAX arrays is staged like any other.
-    return not isinstance(alpha, jax.core.Tracer) and bool(np.asarray(alpha) == number)
+def typed(loss: Loss, point: Point, dtype: jax.typing.DTypeLike | None) -> Loss:
+    """Return the loss as it is to be computed where leaves are perturbed in at least `dtype`."""
+    return loss if _mixing.is_retyped(point[0], dtype) else _loss.at_types(loss, *point)
 
 
 def finite_difference(
-    loss: Loss,
+    gradient_at: Callable[[Arrays, Arrays], tuple[jax.Array, Gradient]],
     point: Point,
     grads: Gradient,
     r: jax.typing.ArrayLike,
     alpha: jax.typing.ArrayLike,
-    scope: str,
     dtype: jax.typing.DTypeLike | None,
 ) -> Callable[[Arrays], SecondPass]:
-    """Return the second pass that takes g~ at the perturbed parameters, of at least `dtype`."""
+    """Return the second pass that takes g~ at the perturbed parameters, of at least `dtype`.
+
+    `gradient_at(perturbed, others)` is the loss and g~, with None for what does not receive it.
+    """
     perturbed, others = point
 
     def second_pass(direction: Arrays) -> SecondPass:
         moved = [
-            perturb(w, d, r, perturbed_type(w, dtype))
+            _mixing.perturb(w, d, r, _mixing.perturbed_type(w, dtype))
             for w, d in zip(perturbed, direction, strict=True)
         ]
-        typed = loss if is_retyped(perturbed, dtype) else _loss.at_types(loss, *point)
-        value, tilde = gradient(typed, (moved, others), scope)
-        mixed = _combined(lambda g, t: mix(g, t, alpha), grads, tilde)
+        value, tilde = gradient_at(moved, others)
+        mixed = _combined(lambda g, t: _mixing.mix(g, t, alpha), grads, tilde)
         return SecondPass(value, moved, tilde, _filled(mixed, grads))
 
     return second_pass
@@ -154,8 +153,8 @@ def extrapolation(
         ]
         value, change = product(tangents)
         # In float32 or wider: in the type of the gradient it would be g, for a small r.
-        tilde = _combined(lambda g, h: perturb(_numerics.widen(g), h, r), grads, change)
-        ahead = _combined(lambda g, h: perturb(g, h, alpha * r), grads, change)
+        tilde = _combined(lambda g, h: _mixing.perturb(_numerics.widen(g), h, r), grads, change)
+        ahead = _combined(lambda g, h: _mixing.perturb(g, h, alpha * r), grads, change)
         return SecondPass(value, perturbed, tilde, _filled(ahead, grads))
 
     return second_pass
@@ -211,38 +210,3 @@ def gradient(loss: Loss, point: Point, scope: str) -> tuple[jax.Array, Gradient]
     value, (first, second) = jax.value_and_grad(at, argnums=(0, 1))(perturbed, received)
     found = iter(second)
     return value, (first, [next(found) if x else None for x in receives])
-
-
-@_numerics.promoting
-def perturbed_type(w: jax.Array, dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
-    """Return the type in which a leaf is perturbed: its own, or `dtype` if that is wider."""
-    own = jnp.result_type(w)
-    return own if dtype is None else jnp.promote_types(own, dtype)
-
-
-def is_retyped(perturbed: Arrays, dtype: jax.typing.DTypeLike | None) -> bool:
-    """Whether a leaf is perturbed in another type than its own."""
-    return any(perturbed_type(w, dtype) != jnp.result_type(w) for w in perturbed)
-
-
-@_numerics.promoting
-def perturb(
-    w: jax.Array,
-    d: jax.Array,
-    r: jax.typing.ArrayLike,
-    dtype: jax.typing.DTypeLike | None = None,
-) -> jax.Array:
-    """Return `w + r d`, computed in float32 or wider and rounded to `dtype`, by default w's."""
-    wide = jnp.asarray(w, perturbed_type(_numerics.widen(w), dtype))
-    step = jnp.asarray(r, _numerics.real(wide.dtype)) * jnp.asarray(d, wide.dtype)
-    return _numerics.round_to(wide + step, jnp.result_type(w) if dtype is None else dtype)
-
-
-@_numerics.promoting
-def mix(g: jax.Array, tilde: jax.Array, alpha: jax.typing.ArrayLike) -> jax.Array:
-    """Return `(1 - alpha) g + alpha g~`, computed in float32 or wider, in the type of `g`."""
-    if is_known_to_be(1, alpha):
-        return tilde.astype(jnp.result_type(g))  # SAM: g need not be kept in memory
-    wide = _numerics.widen(g)
-    a = jnp.asarray(alpha, _numerics.real(wide.dtype))
-    return ((1 - a) * wide + a * tilde.astype(wide.dtype)).astype(jnp.result_type(g))

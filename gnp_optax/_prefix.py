@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from gnp_optax import _jaxprs, _numerics, _opening
+from gnp_optax import _jaxprs, _loss, _numerics, _opening
 from gnp_optax._perturbation import Loss
 
 Arrays = list[Any]
@@ -62,16 +62,13 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
 
 
 def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
-    aux: Any = None
-    static: list[Any] = []
+    _, aux = _loss.split(None)
 
     def flat(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Arrays]:
-        nonlocal aux, static
+        nonlocal aux
         value, returned = loss(perturbed, unperturbed)
-        leaves, aux = jax.tree.flatten(returned)
-        # Aux may hold anything; what is no array of this trace is returned as it is.
-        static = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in leaves]
-        return value, [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+        computed, aux = _loss.split(returned)
+        return value, computed
 
     closed = jax.make_jaxpr(flat)(perturbed, unperturbed)
     depends = [True] * len(perturbed) + [False] * len(unperturbed)
@@ -106,9 +103,7 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
             found = (
                 jnp.asarray(v.val) if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars
             )
-            value = next(found)
-            leaves = [next(found) if leaf is None else leaf[0] for leaf in static]
-            return value, jax.tree.unflatten(aux, leaves)
+            return next(found), aux(found)
 
         return Cut(prefix, suffix)
 

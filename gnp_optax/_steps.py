@@ -9,6 +9,7 @@ import optax
 
 from gnp_optax import (
     _dataset,
+    _mixing,
     _numerics,
     _perturbation,
     _report,
@@ -34,9 +35,7 @@ def one_step(
     losses = _dataset.Losses(objective, bar, params, args)
     loss, grads = losses.value_and_grad(losses.perturbed)
     ascent = _ascent(losses, params, grads, direction)
-    moved = [
-        _perturbation.perturb(w, d, rho) for w, d in zip(losses.perturbed, ascent, strict=True)
-    ]
+    moved = [_mixing.perturb(w, d, rho) for w, d in zip(losses.perturbed, ascent, strict=True)]
     perturbed_loss, tilde = losses.value_and_grad(moved)
     gradient: _perturbation.Gradient = (tilde, [])
     second = _perturbation.SecondPass(perturbed_loss, moved, gradient, gradient)
@@ -95,7 +94,7 @@ def ascend_in_ball(
         u, up, best, largest = state
         u = _within(rho, [_ahead(a, b, length) for a, b in zip(u, up, strict=True)])
         pairs = zip(losses.perturbed, perturbation(u), strict=True)
-        value, grads = losses.value_and_grad([_perturbation.perturb(w, d, 1.0) for w, d in pairs])
+        value, grads = losses.value_and_grad([_mixing.perturb(w, d, 1.0) for w, d in pairs])
         is_better = (value > largest) | jnp.isnan(value)
         best = [jnp.where(is_better, a, b) for a, b in zip(u, best, strict=True)]
         return (u, ascent(grads), best, jnp.where(is_better, value, largest)), None

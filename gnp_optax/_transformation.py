@@ -167,8 +167,15 @@ def gradient_regularization(
             product = _perturbation.hessian_product(loss, point, scope)
             second_pass = _perturbation.extrapolation(product, point[0], grads, radius, weight)
         else:
+            typed = _perturbation.typed(loss, point, perturb_dtype)
+
+            def gradient_at(
+                moved: Arrays, others: Arrays
+            ) -> tuple[jax.Array, _perturbation.Gradient]:
+                return _perturbation.gradient(typed, (moved, others), scope)
+
             second_pass = _perturbation.finite_difference(
-                loss, point, grads, radius, weight, scope, perturb_dtype
+                gradient_at, point, grads, radius, weight, perturb_dtype
             )
 
         def observe(second: _perturbation.SecondPass | None) -> _report.Report:

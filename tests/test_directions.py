@@ -35,6 +35,18 @@ def test_norm_in_float32_at_the_ends_of_its_range(size):
     np.testing.assert_allclose(got, [0.6, 0.8], rtol=1e-5)
 
 
+def test_norm_of_leaves_of_all_shapes_and_types():
+    """Those of one type and shape, which are reduced together, and others."""
+    key = jax.random.key(0)
+    shapes = [(), (), (3,), (3,), (3,), (4,), (0,), (0,), (2, 3), (2, 3), (2, 2, 2)]
+    types = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64]
+    grads = [jax.random.normal(key, shape).astype(dtype) for shape in shapes for dtype in types]
+    size = total_norm(grads)
+    got = ascend(directions.normalized(), grads)
+    for g, d in zip(grads, got, strict=True):
+        np.testing.assert_allclose(d, np.conj(np.asarray(g, np.complex64)) / size, rtol=1e-5)
+
+
 @pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive(0.0)])
 def test_zero_gradient_gives_zero_direction(direction):
     params = {"a": jnp.ones(3), "b": jnp.zeros(())}

@@ -283,3 +283,39 @@ def test_strict_promotion(dtype, curvature, form, x64):
     with jax.numpy_dtype_promotion("strict"):
         got = compute()
     jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("mask", [None, {"a": True, "b": False}])
+def test_aux_may_hold_anything(mask):
+    """Also in `jit`, where each pass calls what was traced once."""
+    params, given = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([1.0])}, np.arange(2)
+
+    def fun(params):
+        return sum_of_squares(params), {"doubled": 2 * params["a"], "of": given, "name": "squares"}
+
+    @jax.jit
+    def step(params):
+        (value, aux), grads = gnp.value_and_grad(fun, 0.5, 0.2, mask=mask, has_aux=True)(params)
+        assert aux["name"] == "squares"
+        assert aux["of"] is given
+        return value, aux["doubled"], grads
+
+    value, doubled, grads = step(params)
+    (same_value, aux), same = gnp.value_and_grad(fun, 0.5, 0.2, mask=mask, has_aux=True)(params)
+    np.testing.assert_allclose(value, same_value)
+    np.testing.assert_array_equal(doubled, aux["doubled"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), grads, same)
+
+
+@pytest.mark.parametrize("mask", [None, {"a": True, "b": False}])
+def test_a_loss_that_sees_values_in_python(mask):
+    """Without `jit` it may, also inside `jax.grad`."""
+
+    def fun(params):
+        return sum_of_squares(params) if params["a"] > 0 else 0.0
+
+    def value(params):
+        return gnp.value_and_grad(fun, 0.5, 0.2, mask=mask)(params)[0]
+
+    params = {"a": jnp.array(3.0), "b": jnp.array(1.0)}
+    expect(params, jax.grad(value)(params), 1.0)

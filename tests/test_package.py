@@ -32,6 +32,7 @@ LAYERS = [
     "schedules",
     "directions",
     "_parts",
+    "_mixing",
     "_perturbation",
     "_report",
     "_jaxprs",

@@ -15,7 +15,7 @@ import tqdm
 import tyro
 
 import gnp_optax as gnp
-from gnp_optax import _numerics, _perturbation
+from gnp_optax import _mixing, _numerics
 from gnp_optax.experiments.records import environment
 from gnp_optax.experiments.report import markdown
 
@@ -145,8 +145,8 @@ def _measure(
     direction, _ = gnp.directions.normalized().update(g, gnp.directions.normalized().init(params))
     seen = []  # the change of each weight, as the computation sees it
     for name, w in params.items():
-        dtype = _perturbation.perturbed_type(w, setting.options.get("perturb_dtype"))
-        moved = _perturbation.perturb(w, direction[name], r, dtype)
+        dtype = _mixing.perturbed_type(w, setting.options.get("perturb_dtype"))
+        moved = _mixing.perturb(w, direction[name], r, dtype)
         used = moved.dtype if setting.compute is None else jnp.dtype(setting.compute)
         seen.append(_numerics.widen(moved.astype(used)) - _numerics.widen(w.astype(used)))
     share = sum(float(jnp.sum(change != 0)) for change in seen) / sum(d.size for d in seen)
