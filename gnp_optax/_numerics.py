@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 P = ParamSpec("P")
 T = TypeVar("T")
+PyTree = Any
 
 
 def promoting(fun: Callable[P, T]) -> Callable[P, T]:
@@ -66,13 +67,14 @@ def distance(to: Sequence[jax.Array], start: Sequence[jax.Array]) -> jax.Array:
 
 
 def _together(*leaves: Iterable[jax.Array]) -> list[tuple[jax.Array, ...]]:
-    """Return the corresponding leaves in tuples, and scalars and vectors of one type stacked.
+    """Return the corresponding leaves in tuples, and those of one small type stacked.
 
-    A network has many of them, and a reduction of each takes XLA longer to compile than to run.
+    Biases and scales are most leaves of a network, and few of its elements: XLA would take longer
+    to compile their reductions than most layers.
     """
     groups: dict[Any, list[tuple[jax.Array, ...]]] = {}
     for i, each in enumerate(zip(*leaves, strict=True)):
-        group = tuple(map(jax.typeof, each)) if each[0].ndim < 2 else i
+        group = tuple(map(jax.typeof, each)) if each[0].ndim < 2 or each[0].size <= 4096 else i
         groups.setdefault(group, []).append(each)
     return [
         group[0] if len(group) == 1 else tuple(_gather(list(x)) for x in zip(*group, strict=True))
@@ -101,10 +103,15 @@ def _sum_of_squares(x: jax.Array) -> jax.Array:
 
 
 @promoting
-def divide(x: jax.Array, total: jax.Array) -> jax.Array:
-    """Divide a leaf by a norm, in the leaf's wide type; 0 where the norm is 0."""
-    x = widen(x)
-    return x / jnp.where(total == 0, 1, total).astype(real(x.dtype))
+def divide(tree: PyTree, total: jax.Array) -> PyTree:
+    """Divide all leaves by a norm, in their wide types; 0 where the norm is 0."""
+    divisor = jnp.where(total == 0, 1, total)
+
+    def quotient(x: jax.Array) -> jax.Array:
+        x = widen(x)
+        return x / divisor.astype(real(x.dtype))
+
+    return jax.tree.map(quotient, tree)
 
 
 def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -135,8 +135,8 @@ def _scale(w: jax.Array, eta: jax.Array | None) -> jax.Array:
 
 
 def _normalized(arrays: Arrays) -> Arrays:
-    total = _numerics.norm(arrays)
-    return [_numerics.divide(x, total) for x in arrays]
+    normalized: Arrays = _numerics.divide(arrays, _numerics.norm(arrays))
+    return normalized
 
 
 def _ahead(u: jax.Array, up: jax.Array, length: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def normalized() -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         total = _numerics.norm(jax.tree.leaves(updates))
-        return jax.tree.map(lambda g: _numerics.divide(jnp.conj(g), total), updates), state
+        return _numerics.divide(jax.tree.map(jnp.conj, updates), total), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -96,6 +96,6 @@ def adaptive(eta: float = 0.01) -> optax.GradientTransformation:
         t = jax.tree.map(magnitude, params)
         scaled = jax.tree.map(lambda g, t: t * jnp.conj(g), updates, t)
         total = _numerics.norm(jax.tree.leaves(scaled))
-        return jax.tree.map(lambda s, t: _numerics.divide(t * s, total), scaled, t), state
+        return _numerics.divide(jax.tree.map(jnp.multiply, t, scaled), total), state
 
     return optax.GradientTransformation(init_fn, update_fn)

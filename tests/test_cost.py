@@ -149,14 +149,15 @@ def test_a_static_mask_compiles_once_per_distinct_selection():
     assert step._cache_size() == 2
 
 
-def test_vectors_share_the_reductions_of_the_norm():
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (10_000,)])
+def test_small_leaves_share_the_reductions_of_the_norm(shape):
     """To compile a reduction takes XLA longer than to compile the layer it belongs to."""
-    vectors = [jnp.ones(3) for _ in range(40)]
+    leaves = [jnp.ones(shape) for _ in range(40)]
     update = gnp.directions.normalized().update
     ascend = jax.jit(lambda grads: update(grads, optax.EmptyState())[0])
     reductions = [
-        ascend.lower(leaves).as_text().count("stablehlo.reduce(")
-        for leaves in (vectors[:2], vectors, [*vectors, jnp.ones(5)])
+        ascend.lower(given).as_text().count("stablehlo.reduce(")
+        for given in (leaves[:2], leaves, [*leaves, jnp.ones(5)])
     ]
     assert reductions[0] == reductions[1] < reductions[2]
 
