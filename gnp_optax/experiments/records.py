@@ -102,5 +102,12 @@ def environment() -> dict[str, Any]:
             "optax": optax.__version__,
             "flax": flax.__version__,
         },
-        "device": f"{device.device_kind}, {os.cpu_count()} CPU cores",
+        "device": f"{device.device_kind}, {_cpu_cores()} CPU cores",
     }
+
+
+def _cpu_cores() -> int | None:
+    """Return how many this process may use: JAX splits its work by that, and so rounds by it."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
