@@ -102,7 +102,7 @@ def tradeoff(runs: Runs, title: str, path: Path) -> None:
         axes.errorbar([cost], [mean], yerr=spread, capsize=3, **marker)
     axes.set(xlabel="cost of a step, in plain gradients", ylabel="test error, %")
     _curves.tidy(axes)
-    drawing.save(canvas, axes, title, path, columns=3)
+    drawing.save(canvas, axes, title, path, columns=2)
 
 
 def _runs_of(runs: Runs, method: str) -> list[list[Metrics]]:
