@@ -68,11 +68,11 @@ def split(aux: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
 def traced_once(gradient: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     """Return the same function to `((value, aux), grads)`, traced here and no more when called.
 
-    For a large network, Python takes as long to trace the loss as XLA to compile a part of it.
+    To trace a Vision Transformer takes Python a quarter as long as to compile it takes XLA.
     """
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
         return gradient  # outside `jit`, where it would be compiled by every call
-    _, fill = split(None)
+    fill: Callable[[Iterable[Any]], Any]
 
     # Inlined, since what a pass does not need would else be hidden in the call.
     @functools.partial(jax.jit, inline=True)

@@ -69,8 +69,8 @@ def distance(to: Sequence[jax.Array], start: Sequence[jax.Array]) -> jax.Array:
 def _together(*leaves: Iterable[jax.Array]) -> list[tuple[jax.Array, ...]]:
     """Return the corresponding leaves in tuples, and those of one small type stacked.
 
-    Biases and scales are most leaves of a network, and few of its elements: XLA would take longer
-    to compile their reductions than most layers.
+    Biases and scales are most leaves of a network, and few of its elements. Each alone would be two
+    more reductions for XLA to compile.
     """
     groups: dict[Any, list[tuple[jax.Array, ...]]] = {}
     for i, each in enumerate(zip(*leaves, strict=True)):

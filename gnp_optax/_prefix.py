@@ -7,7 +7,7 @@ pulled back once through the prefix, is a gradient of the whole.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +62,7 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
 
 
 def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
-    _, aux = _loss.split(None)
+    aux: Callable[[Iterable[Any]], Any]
 
     def flat(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Arrays]:
         nonlocal aux
