@@ -74,7 +74,7 @@ def _together(*leaves: Iterable[jax.Array]) -> list[tuple[jax.Array, ...]]:
     """
     groups: dict[Any, list[tuple[jax.Array, ...]]] = {}
     for i, each in enumerate(zip(*leaves, strict=True)):
-        group = tuple(map(jax.typeof, each)) if each[0].ndim < 2 or each[0].size <= 4096 else i
+        group = tuple(map(jax.typeof, each)) if each[0].ndim < 2 or each[0].size < 4096 else i
         groups.setdefault(group, []).append(each)
     return [
         group[0] if len(group) == 1 else tuple(_gather(list(x)) for x in zip(*group, strict=True))
