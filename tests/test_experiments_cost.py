@@ -16,7 +16,7 @@ from PIL import Image
 
 from gnp_optax.experiments import __main__, cost, cost_report
 from gnp_optax.experiments.cost import CostConfig
-from gnp_optax.experiments.cost_measurement import Programs, seconds_per_round
+from gnp_optax.experiments.cost_measurement import Programs, per_round
 from gnp_optax.experiments.cost_methods import Scope, layerwise, methods
 from gnp_optax.experiments.model import ViT
 from gnp_optax.experiments.models import GPT, ResNet, WideResNet
@@ -200,14 +200,34 @@ def test_a_step_of_several_programs_costs_their_sum():
     assert twice.compile_seconds == once.compile_seconds > 0
 
 
-def test_a_round_times_everything_once_in_changing_order():
+def test_a_round_measures_everything_once_in_changing_order():
     calls = []
-    runs = {name: lambda name=name: calls.append(name) for name in "abcdefgh"}
-    seconds = seconds_per_round(runs, 3)
-    rounds = ["".join(calls[i : i + 8]) for i in range(0, 32, 8)]  # the first is not timed
+
+    def measure(name):
+        calls.append(name)
+        return len(calls) - 1
+
+    found = per_round({name: functools.partial(measure, name) for name in "abcdefgh"}, 4, "")
+    rounds = ["".join(calls[i : i + 8]) for i in range(0, 32, 8)]
     assert {"".join(sorted(order)) for order in rounds} == {"abcdefgh"}
     assert len(set(rounds)) == 4
-    assert {len(times) for times in seconds.values()} == {3}
+    assert found == {
+        name: [8 * i + order.index(name) for i, order in enumerate(rounds)] for name in "abcdefgh"
+    }
+
+
+def test_every_compilation_begins_with_empty_caches():
+    traced = []
+
+    @jax.jit
+    def doubled(x):
+        traced.append(x)
+        return 2 * x
+
+    x = jax.ShapeDtypeStruct((2,), jnp.float32)
+    for times in (1, 2):
+        Programs().cost(lambda call, x, _: call(lambda x: doubled(x), x), x, None)
+        assert len(traced) == times
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +276,8 @@ def finished(tmp_path_factory):
         contextlib.redirect_stdout(io.StringIO()) as printed,
     ):
         patch.setattr(cost, "workload", lambda *_: SMALL)
-        patch.setattr("sys.argv", ["experiments", "cost", "--steps", "3", "--out", str(folder)])
+        options = ["--steps", "3", "--compilations", "1", "--out", str(folder)]
+        patch.setattr("sys.argv", ["experiments", "cost", *options])
         __main__.main()
     return folder, printed.getvalue()
 
@@ -278,7 +299,10 @@ def test_the_report_says_where_and_how_it_was_made(finished):
     folder, printed = finished
     report = (folder / "cost.md").read_text()
     assert printed.split("\n\n")[0] in report
-    assert f"`python -m gnp_optax.experiments cost --steps 3 --out {folder}`" in report
+    assert (
+        f"`python -m gnp_optax.experiments cost --steps 3 --compilations 1 --out {folder}`"
+        in report
+    )
     for fact in (jax.devices()[0].device_kind, f"jax {jax.__version__}", "jaxlib "):
         assert fact in report
     assert "head" in [row[0] for row in cells(report.split("\n\n")[5])]
@@ -289,7 +313,7 @@ def test_the_raw_numbers_hold_every_round_and_make_the_table(finished):
     record = json.loads((folder / "cost.json").read_text())
     plain = record["rows"][0]
     for row, shown in zip(record["rows"], cells(printed)[2:], strict=False):
-        assert len(row["seconds"]) == 3
+        assert (len(row["seconds"]), len(row["compile_seconds"])) == (3, 1)
         ratio = np.median(np.divide(row["seconds"], plain["seconds"]))
         assert shown[:2] == [row["name"], f"{row['flops'] / plain['flops']:.2f}"]
         assert shown[2].startswith(f"{ratio:.2f} (")
@@ -313,7 +337,7 @@ def test_without_time_nothing_runs_and_without_depths_there_is_no_figure(monkeyp
     monkeypatch.setattr(cost, "methods", lambda chosen: methods(chosen)[:2])
     monkeypatch.setattr(type(SMALL), "concrete", lambda _: pytest.fail("arrays were made"))
     (tmp_path / "cost.png").touch()
-    cost.main(["--no-time", "--depths", "--out", str(tmp_path)])
+    cost.main(["--no-time", "--depths", "--compilations", "1", "--out", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == {"cost.md", "cost.json"}
     record = json.loads((tmp_path / "cost.json").read_text())
     assert {row["seconds"] for row in record["rows"]} == {None}
@@ -321,8 +345,17 @@ def test_without_time_nothing_runs_and_without_depths_there_is_no_figure(monkeyp
     assert {row[2] for row in body} == {"-"}
 
 
+def test_the_table_has_the_median_compilation_and_the_median_ratio_of_a_round():
+    rows = [
+        {"name": name, "flops": 1.0, "memory": 1, "compile_seconds": times, "seconds": None}
+        for name, times in {"plain": [1.0, 4.0, 2.0], "other": [3.0, 4.0, 10.0]}.items()
+    ]
+    body = cells(cost_report.table({"rows": rows}))[2:]
+    assert [row[4:] for row in body] == [["2.0", "1.00"], ["4.0", "3.00"]]
+
+
 def test_what_the_compiler_does_not_tell_is_a_dash():
-    row = {"name": "x", "flops": None, "memory": None, "compile_seconds": 1.0, "seconds": None}
+    row = {"name": "x", "flops": None, "memory": None, "compile_seconds": [1.0], "seconds": None}
     assert cells(cost_report.table({"rows": [row]}))[2] == ["x", "-", "-", "-", "1.0", "1.00"]
 
 
@@ -356,6 +389,7 @@ def test_every_model_that_can_be_asked_for_is_there():
     [
         ({"batch_size": 0}, "--batch-size must be positive, got 0"),
         ({"steps": 0}, "--steps must be positive, got 0"),
+        ({"compilations": 0}, "--compilations must be positive, got 0"),
         ({"sequence_length": 64}, "--sequence-length is for --model gpt2-small, not vit-ti"),
         (
             {"model": "gpt2-small", "sequence_length": 1025},

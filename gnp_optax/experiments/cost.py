@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 import tyro
 
 from gnp_optax.experiments import cost_report
 from gnp_optax.experiments.config import option
-from gnp_optax.experiments.cost_measurement import Cost, Program, Programs, seconds_per_round
+from gnp_optax.experiments.cost_measurement import Program, Programs, per_round
 from gnp_optax.experiments.cost_methods import Scope, Step, layerwise, methods
 from gnp_optax.experiments.records import environment
 from gnp_optax.experiments.workload import Batch, Model, Params, Workload, workload
@@ -43,6 +42,8 @@ class CostConfig:
     """Tokens per example, for gpt2-small alone, at most 1024. Without it: 256."""
     steps: int = 10
     """Rounds of timing; every method is timed once a round, in shuffled order."""
+    compilations: int = 3
+    """Rounds of compiling every method from empty caches, in shuffled order, to time it."""
     time: bool = True
     """Whether to run the methods, too. With --no-time they are only compiled, for which the largest
     model needs no memory, and the table shows no times."""
@@ -55,7 +56,7 @@ class CostConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        for name in ("batch_size", "steps"):
+        for name in ("batch_size", "steps", "compilations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must be positive, got {getattr(self, name)}.")
         length = self.sequence_length
@@ -84,7 +85,8 @@ def main(args: Sequence[str]) -> None:
         # A compilation that is found on disk takes no time.
         jax.config.update("jax_enable_compilation_cache", False)
         chosen = workload(config.model, config.batch_size, config.dtype, config.length)
-        found = measure(chosen, config.depths, config.steps if config.time else 0)
+        rounds = config.steps if config.time else 0
+        found = measure(chosen, config.depths, rounds, config.compilations)
         command = shlex.join(["python", "-m", "gnp_optax.experiments", "cost", *args])
         print(write(found, config, command), end="")
     except (ValueError, OSError) as error:
@@ -123,13 +125,16 @@ def write(found: dict[str, Any], config: CostConfig, command: str) -> str:
     return table
 
 
-def measure(chosen: Workload, depths: Sequence[int] | None, rounds: int) -> dict[str, Any]:
+def measure(
+    chosen: Workload, depths: Sequence[int] | None, rounds: int, compilations: int
+) -> dict[str, Any]:
     """Measure every method, and the regularized gradient from each of the `depths` on.
 
     Args:
         chosen: The model and the shapes of its inputs.
         depths: Blocks at which the perturbed part begins; None for five of them and the head.
         rounds: How often to time everything; 0 only compiles.
+        compilations: How often to time the compilation of every method.
 
     Returns:
         The costs of every method by name (`rows`), and of every depth by scope (`depths`), ready
@@ -144,25 +149,43 @@ def measure(chosen: Workload, depths: Sequence[int] | None, rounds: int) -> dict
     steps = [row.step for row in rows] + [layerwise(chosen, *at) for at in swept]
     counted = [row.counted for row in rows if row.counted is not None]
 
-    programs, arguments = Programs(), chosen.abstract()
-    _warm_up(chosen)
+    arguments = chosen.abstract()
+
+    def compile_seconds(step: Step) -> float:
+        return Programs().cost(step, *arguments).compile_seconds
+
+    # First of all, so that what JAX and XLA do once in a process is not counted.
+    programs = Programs()
     # Without duplicates: some depths are rows of the table, too.
-    costs: dict[Step, Cost] = {}
-    for step in tqdm.tqdm(dict.fromkeys([*steps, *counted]), desc="compiling", unit="method"):
-        costs[step] = programs.cost(step, *arguments)
+    every = tqdm.tqdm(dict.fromkeys([*steps, *counted]), desc="counting", unit="method")
+    costs = {step: programs.cost(step, *arguments) for step in every}
+    compiling = {row.step: functools.partial(compile_seconds, row.step) for row in rows}
+    compiled = per_round(compiling, compilations, "compiling")
     seconds: dict[Step, list[float]] = {}
     if rounds:
         inputs = chosen.concrete()
-        runs = {step: functools.partial(programs.run, step, *inputs) for step in steps}
-        seconds = seconds_per_round(runs, rounds)
+        running = {step: functools.partial(programs.seconds, step, *inputs) for step in steps}
+        for run in running.values():
+            run()  # the first takes longer
+        seconds = per_round(running, rounds, "timing")
 
     def entry(step: Step, counted: Step | None = None) -> dict[str, Any]:
-        flops = costs[counted or step].flops
-        return {**costs[step]._asdict(), "flops": flops, "seconds": seconds.get(step)}
+        return {
+            "flops": costs[counted or step].flops,
+            "memory": costs[step].memory,
+            "seconds": seconds.get(step),
+        }
 
     return {
         "blocks": chosen.depth,
-        "rows": [{"name": row.name, **entry(row.step, row.counted)} for row in rows],
+        "rows": [
+            {
+                "name": row.name,
+                **entry(row.step, row.counted),
+                "compile_seconds": compiled[row.step],
+            }
+            for row in rows
+        ],
         "depths": [
             {"block": block, "scope": scope, **entry(layerwise(chosen, block, scope))}
             for block, scope in swept
@@ -181,12 +204,6 @@ def _blocks(depth: int, asked: Sequence[int] | None) -> list[int]:
             f"{depth} stands for the head."
         )
     return sorted(set(asked))
-
-
-def _warm_up(chosen: Workload) -> None:
-    # What JAX and XLA do once in a process should not count as compilation of the first program.
-    jax.jit(lambda x: x @ x).lower(jnp.ones((2, 2))).compile()
-    jax.eval_shape(jax.grad(lambda *args: chosen.loss(*args)[0]), *chosen.abstract())
 
 
 def suffix_flops(chosen: Workload, block: int) -> float | None:

@@ -42,6 +42,8 @@ class Program(NamedTuple):
     @classmethod
     def compile(cls, function: Function, *args: Any) -> "Program":
         """Trace and compile a function of such arguments, arrays or their shapes and types."""
+        # What another program left in JAX's caches would be traced for nothing.
+        jax.clear_caches()
         start = time.perf_counter()
         lowered = jax.jit(function).lower(*args)
         compiled = lowered.compile()
@@ -58,7 +60,7 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """Compiled functions, each compiled once, for arguments of one shape."""
+    """Compiled functions, each compiled once, from empty caches, for arguments of one shape."""
 
     def __init__(self) -> None:
         self._programs: dict[Function, Program] = {}
@@ -78,13 +80,15 @@ class Programs:
         seconds = sum(self._programs[function].seconds for function in set(called))
         return Cost(_sum([p.flops for p in programs]), _peak(programs), seconds)
 
-    def run(self, step: Step, params: Params, batch: Batch) -> Any:
-        """Run a step that `cost` has seen, and wait for its result."""
+    def seconds(self, step: Step, params: Params, batch: Batch) -> float:
+        """Run a step that `cost` has seen until its result is there, and say how long it took."""
 
         def call(function: Function, *args: Any) -> Any:
             return self._programs[function].run(*args)
 
-        return jax.block_until_ready(step(call, params, batch))
+        start = time.perf_counter()
+        jax.block_until_ready(step(call, params, batch))
+        return time.perf_counter() - start
 
 
 def _sum(values: list[float | None]) -> float | None:
@@ -102,21 +106,17 @@ def _peak(programs: list[Program]) -> int | None:
     return peak
 
 
-def seconds_per_round(
-    runs: Mapping[Step, Callable[[], Any]], rounds: int
+def per_round(
+    measurements: Mapping[Step, Callable[[], float]], rounds: int, doing: str
 ) -> dict[Step, list[float]]:
-    """Time every run once a round, in shuffled order, after one run of each that does not count.
+    """Take every measurement once a round, in shuffled order.
 
     So what slows the machine down for a while slows down all of a round.
     """
-    order, shuffle = list(runs), random.Random(0).shuffle
-    for step in order:
-        runs[step]()
-    seconds: dict[Step, list[float]] = {step: [] for step in order}
-    for _ in tqdm.trange(rounds, desc="timing", unit="round"):
+    order, shuffle = list(measurements), random.Random(0).shuffle
+    found: dict[Step, list[float]] = {step: [] for step in order}
+    for _ in tqdm.trange(rounds, desc=doing, unit="round"):
         shuffle(order)
         for step in order:
-            start = time.perf_counter()
-            runs[step]()
-            seconds[step].append(time.perf_counter() - start)
-    return seconds
+            found[step].append(measurements[step]())
+    return found
