@@ -345,6 +345,23 @@ def test_the_table_has_a_row_per_method_with_the_deviation_over_seeds(finished):
     assert rows[0][-1] == "1.00"  # times are relative to plain
 
 
+def test_one_seed_that_the_machine_held_up_does_not_change_the_relative_time():
+    """And with zero-warmup, whose later epochs take longer, all epochs count."""
+    metrics = dict.fromkeys(["test_error", "test_loss", "train_loss", "gradient_norm"], 1.0)
+    metrics |= {"sharpness": 1.0, "gradients_per_step": 1.0}
+    seconds = {
+        "plain": [[1.0, 1.0], [1.0, 900.0], [1.0, 1.0]],
+        "gr-zero-warmup": [[1.0, 2.0], [1.0, 2.0], [70.0, 2.0]],
+    }
+    runs = {
+        (method, seed): [metrics | {"seconds_per_step": each} for each in run]
+        for method, seeds in seconds.items()
+        for seed, run in enumerate(seeds)
+    }
+    rows = report.table(runs).splitlines()[2:]
+    assert [row.split("|")[-2].strip() for row in rows] == ["1.00", "1.50"]
+
+
 @pytest.mark.parametrize("name", ["curves", "early", "layers", "tradeoff"])
 def test_a_figure_is_an_image(finished, name):
     with Image.open(finished[0].folder / f"{name}.png") as image:

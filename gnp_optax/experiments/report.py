@@ -107,5 +107,18 @@ def mean_over_epochs(runs: Runs, method: str, key: str) -> float:
 def _relative_time(runs: Runs, method: str) -> str:
     if not any(name == "plain" for name, _ in runs):
         return "-"
-    seconds, plain = (mean_over_epochs(runs, m, "seconds_per_step") for m in (method, "plain"))
-    return f"{seconds / plain:.2f}"
+    return f"{_seconds_per_step(runs, method) / _seconds_per_step(runs, 'plain'):.2f}"
+
+
+def _seconds_per_step(runs: Runs, method: str) -> float:
+    """Return the mean over the epochs of the median over the seeds.
+
+    So an epoch during which the machine slept, or did other work, does not count if it is one of
+    three; and epochs that differ, as before and after a warmup, all count.
+    """
+    seconds = [
+        [epoch["seconds_per_step"] for epoch in run]
+        for (name, _), run in runs.items()
+        if name == method
+    ]
+    return float(np.mean(np.median(seconds, axis=0)))
