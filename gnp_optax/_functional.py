@@ -137,7 +137,9 @@ def value_and_grad(
             return grads[0], at_unperturbed
 
         point = perturbed, boundary
-        typed = _perturbation.typed(rest, point, perturb_dtype)
+        # Only a second gradient could be of other types than the first.
+        again = curvature != "exact" and not one_pass
+        typed = _perturbation.typed(rest, point, perturb_dtype) if again else rest
         gradient = jax.value_and_grad(typed, argnums=(0, 1), has_aux=True)
         # `H d` may be far smaller than the gradient. Where the boundary is of low precision the two
         # are added behind it, in the parameters.

@@ -1,6 +1,5 @@
 """The user's loss function, checked where it is called."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 PyTree = Any
 # From the parameters to the scalar loss and whatever else it returned.
@@ -43,19 +43,51 @@ def at_types(loss: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     leaves = jax.tree.leaves(args)
     if not any(getattr(x, "weak_type", isinstance(x, (float, complex))) for x in leaves):
         return loss
+    return _recorded(loss, *args)
+
+
+def traced_once(gradient: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Return the same function, traced here and no more when it is called.
+
+    To trace a Vision Transformer takes Python a quarter as long as to compile it takes XLA.
+    """
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
+        return gradient  # nothing is traced, and Python may see values
+    return _recorded(gradient, *args)
+
+
+def _recorded(fun: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Return the same function of arrays of the types of `args`, traced here to be replayed."""
+    fill: Callable[[Iterable[Any]], Any]
+
+    def arrays(*args: Any) -> list[Any]:
+        nonlocal fill
+        computed, fill = split(fun(*args))
+        return computed
+
     try:
-        converted, held = jax.closure_convert(loss, *args)
-    except Exception:  # Python sees values, or aux is no array; an error of the loss comes again
-        return loss
-    return lambda *args: converted(*args, *held)
+        jaxpr = jax.make_jaxpr(arrays)(*args)
+    except Exception:  # inside `jax.grad` alone, Python may see values; an error comes again
+        return fun
+    run, types = core.jaxpr_as_fun(jaxpr), _types(args)
+
+    def replay(*args: Any) -> Any:
+        # As when the radius differs between the devices that `shard_map` runs on.
+        return fill(run(*jax.tree.leaves(args))) if _types(args) == types else fun(*args)
+
+    return replay
 
 
-def split(aux: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
-    """Return what was computed of aux, and a function that puts other values in its place.
+def _types(args: Any) -> list[Any]:
+    return [jax.typeof(x).strip_weak_type() for x in jax.tree.leaves(args)]
+
+
+def split(out: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """Return what was computed, and a function that puts other values in its place.
 
     Aux may hold anything; what is no array of this trace is returned as it is.
     """
-    leaves, treedef = jax.tree.flatten(aux)
+    leaves, treedef = jax.tree.flatten(out)
     static = [None if isinstance(leaf, jax.core.Tracer) else (leaf,) for leaf in leaves]
 
     def fill(computed: Iterable[Any]) -> Any:
@@ -63,35 +95,6 @@ def split(aux: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
         return jax.tree.unflatten(treedef, [next(found) if x is None else x[0] for x in static])
 
     return [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)], fill
-
-
-def traced_once(gradient: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-    """Return the same function to `((value, aux), grads)`, traced here and no more when called.
-
-    To trace a Vision Transformer takes Python a quarter as long as to compile it takes XLA.
-    """
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args)):
-        return gradient  # outside `jit`, where it would be compiled by every call
-    fill: Callable[[Iterable[Any]], Any]
-
-    # Inlined, since what a pass does not need would else be hidden in the call.
-    @functools.partial(jax.jit, inline=True)
-    def computed(*args: Any) -> Any:
-        nonlocal fill
-        (value, aux), grads = gradient(*args)
-        arrays, fill = split(aux)
-        return (value, arrays), grads
-
-    try:
-        jax.eval_shape(computed, *args)
-    except Exception:  # inside `jax.grad` alone, Python may see values; an error comes again
-        return gradient
-
-    def traced(*args: Any) -> Any:
-        (value, arrays), grads = computed(*args)
-        return (value, fill(arrays)), grads
-
-    return traced
 
 
 def closure(

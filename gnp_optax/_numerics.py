@@ -67,14 +67,14 @@ def distance(to: Sequence[jax.Array], start: Sequence[jax.Array]) -> jax.Array:
 
 
 def _together(*leaves: Iterable[jax.Array]) -> list[tuple[jax.Array, ...]]:
-    """Return the corresponding leaves in tuples, and those of one small type stacked.
+    """Return the corresponding leaves in tuples, and small ones of one type stacked.
 
     Biases and scales are most leaves of a network, and few of its elements. Each alone would be two
-    more reductions for XLA to compile.
+    more reductions for XLA to compile. Large ones would be copied, and gathered from the devices.
     """
     groups: dict[Any, list[tuple[jax.Array, ...]]] = {}
     for i, each in enumerate(zip(*leaves, strict=True)):
-        group = tuple(map(jax.typeof, each)) if each[0].ndim < 2 or each[0].size < 4096 else i
+        group = tuple(map(jax.typeof, each)) if each[0].size < 4096 else i
         groups.setdefault(group, []).append(each)
     return [
         group[0] if len(group) == 1 else tuple(_gather(list(x)) for x in zip(*group, strict=True))
@@ -109,7 +109,8 @@ def divide(tree: PyTree, total: jax.Array) -> PyTree:
 
     def quotient(x: jax.Array) -> jax.Array:
         x = widen(x)
-        return x / divisor.astype(real(x.dtype))
+        # A float64 norm of 1e-50 would be 0 in the float32 of another leaf.
+        return (x / divisor).astype(x.dtype)
 
     return jax.tree.map(quotient, tree)
 

@@ -149,7 +149,7 @@ def test_a_static_mask_compiles_once_per_distinct_selection():
     assert step._cache_size() == 2
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (10_000,)])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (1000,)])
 def test_small_leaves_share_the_reductions_of_the_norm(shape):
     """Each is compiled, and most leaves of a network are small."""
     leaves = [jnp.ones(shape) for _ in range(40)]
@@ -165,6 +165,27 @@ def test_small_leaves_share_the_reductions_of_the_norm(shape):
 def temporary_bytes(fun, *args):
     compiled = jax.jit(fun).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("shape", [(2**18,), (512, 512)])
+def test_large_leaves_are_not_copied_for_the_norm(shape):
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 8
+    update = gnp.directions.normalized().update
+    temporary = temporary_bytes(lambda grads: update(grads, optax.EmptyState())[0], leaves)
+    assert temporary <= 4 * 2**18
+
+
+@pytest.mark.parametrize("transform", [jax.vmap, lambda f: jax.grad(lambda w: f(w)[0])])
+def test_nothing_is_compiled_by_a_second_call_without_jit(transform, caplog):
+    """Also where a transformation hands the loss something that it cannot see the values of."""
+    compute = transform(gnp.value_and_grad(lambda w: jnp.sum(jnp.sin(w) ** 2), 0.1, 0.5))
+    w = jnp.ones((4, 3))
+    with jax.log_compiles():
+        compute(w)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        compute(w)
+    assert "Compiling" not in caplog.text
 
 
 def wide():

@@ -47,6 +47,14 @@ def test_norm_of_leaves_of_all_shapes_and_types():
         np.testing.assert_allclose(d, np.conj(np.asarray(g, np.complex64)) / size, rtol=1e-5)
 
 
+def test_a_norm_in_float64_that_is_zero_in_float32(x64):
+    grads = {"narrow": jnp.zeros(2, jnp.float32), "wide": jnp.array([3e-50, 4e-50])}
+    got = ascend(directions.normalized(), grads)
+    assert got["narrow"].dtype == jnp.float32
+    np.testing.assert_array_equal(got["narrow"], 0)
+    np.testing.assert_allclose(got["wide"], [0.6, 0.8])
+
+
 @pytest.mark.parametrize("direction", [directions.normalized(), directions.adaptive(0.0)])
 def test_zero_gradient_gives_zero_direction(direction):
     params = {"a": jnp.ones(3), "b": jnp.zeros(())}

@@ -307,6 +307,47 @@ def test_aux_may_hold_anything(mask):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), grads, same)
 
 
+@pytest.mark.parametrize("curvature", ["finite_difference", "exact"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_aux_is_handed_over_as_it_is_with_weakly_typed_parameters(alpha, curvature):
+    """As a `jnp.asarray(1.0)` is, and a Python number."""
+    given = {"of": np.array([2**40 + 1, 3]), "mean": np.float64(0.1), "count": 2}
+
+    def fun(params):
+        return params["scale"] * params["rate"] * sum_of_squares(params["w"]), given
+
+    params = {"scale": jnp.asarray(1.0), "rate": 2.0, "w": {"a": jnp.ones(3)}}
+    gradient = gnp.value_and_grad(fun, 0.1, alpha, curvature=curvature, has_aux=True)
+
+    def check(params):
+        (_, aux), grads = gradient(params)
+        assert {name: id(x) for name, x in aux.items()} == {k: id(x) for k, x in given.items()}
+        return grads
+
+    jax.tree.map(np.testing.assert_array_equal, check(params), jax.jit(check)(params))
+
+
+def test_the_value_can_be_differentiated_where_the_gradient_cannot():
+    """The derivative of this square is a loop, which has none in reverse."""
+
+    @jax.custom_vjp
+    def square(x):
+        return x * x
+
+    def backward(x, t):
+        return (
+            jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] + x * t), (0, 0 * x))[
+                1
+            ],
+        )
+
+    square.defvjp(lambda x: (x * x, x), backward)
+    gradient = gnp.value_and_grad(lambda p, x: jnp.sum(square(p * x)), 0.1, 0.5)
+    p, x = jnp.ones(3), jnp.arange(1.0, 4.0)
+    got = jax.grad(lambda x: gradient(p * x, x)[0])(x)
+    np.testing.assert_allclose(got, 4 * x**3, rtol=1e-6)  # of (p x^2)^2 = x^4
+
+
 @pytest.mark.parametrize("mask", [None, {"a": True, "b": False}])
 def test_a_loss_that_sees_values_in_python(mask):
     """Without `jit` it may, also inside `jax.grad`."""

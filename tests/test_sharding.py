@@ -89,6 +89,25 @@ def test_sharded_batch_and_sharded_parameters():
     assert gathers["composed"] <= 2 * gathers["plain"]
 
 
+def test_vectors_of_several_shardings_are_gathered_for_no_norm():
+    run_on_eight_devices(
+        """
+        mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+        vectors = [put_on(mesh, jnp.ones(2**16), P(axis)) for axis in ("x", "y", "x", "y")]
+
+        def step(vectors):
+            squares = lambda vectors: sum(jnp.sum(jnp.sin(w)) for w in vectors)
+            grads = gnp.value_and_grad(squares, 0.1, 0.7)(vectors)[1]
+            return jax.tree.map(lambda w, g: w - 0.1 * g, vectors, grads)
+
+        shardings = [w.sharding for w in vectors]
+        compiled = jax.jit(step, out_shardings=shardings).lower(vectors).compile()
+        assert "all-gather" not in compiled.as_text()
+        check(compiled(vectors), step([jnp.ones(2**16)] * 4))
+        """
+    )
+
+
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="jax.shard_map came later")
 def test_perturbation_per_device_inside_shard_map():
     """Each device perturbs by the gradient of its own part of the batch: m-sharpness."""
