@@ -161,7 +161,7 @@ def value_and_grad(
         else:
             # Where both passes ask for the same, they are traced once.
             same = scope == "all" or not boundary
-            if same and not one_pass:
+            if same and again:
                 gradient = _loss.traced_once(gradient, *point)
             (value, aux), grads = gradient(*point)
 

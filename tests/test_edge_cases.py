@@ -335,11 +335,10 @@ def test_the_value_can_be_differentiated_where_the_gradient_cannot():
         return x * x
 
     def backward(x, t):
-        return (
-            jax.lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] + x * t), (0, 0 * x))[
-                1
-            ],
-        )
+        def add(carry):
+            return carry[0] + 1, carry[1] + x * t
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 2, add, (0, 0 * x))[1:]
 
     square.defvjp(lambda x: (x * x, x), backward)
     gradient = gnp.value_and_grad(lambda p, x: jnp.sum(square(p * x)), 0.1, 0.5)
