@@ -1,6 +1,7 @@
 """`python -m gnp_optax.experiments`: train, print the table, write the results.
 
-With a subcommand: measure costs (`cost`), or what low precision does (`precision`), instead.
+With a subcommand: measure costs (`cost`), what low precision does (`precision`), or how long the
+device waits for the runner (`throughput`), instead.
 """
 
 import argparse
@@ -12,9 +13,10 @@ import jax
 import tqdm
 import tyro
 
-from gnp_optax.experiments import cost, data, devices, figures, precision, report
+from gnp_optax.experiments import cost, devices, figures, precision, report, throughput
 from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
+from gnp_optax.experiments.loading import load
 from gnp_optax.experiments.recipes import RECIPES, of_epochs
 from gnp_optax.experiments.records import Records, Run
 from gnp_optax.experiments.training import Trainer
@@ -96,29 +98,13 @@ def _reported(config: Config, runs: report.Runs) -> str:
     return table
 
 
-def load(config: Config, part: tuple[int, int]) -> data.Data:
-    """Return the data; of the training examples a process's part, `part` (i, n)."""
-    if config.classes or config.train_examples:
-        # What a process takes depends on all examples that are chosen.
-        whole = _load(config, (0, 1))
-        chosen = data.of_classes(whole, config.classes) if config.classes else whole
-        return data.part_of(chosen, part, config.train_examples)
-    return _load(config, part)
-
-
-def _load(config: Config, part: tuple[int, int]) -> data.Data:
-    match config.dataset:
-        case "digits":
-            return data.digits(part)
-        case "cifar10":
-            return data.cifar10(config.data_dir, part)
-        case "text":
-            return data.text(config.data_dir, config.length, part)
-
-
 def main() -> None:
     """Read the options and run the comparison, or the subcommand."""
-    subcommands = {"cost": cost.main, "precision": precision.main}
+    subcommands = {
+        "cost": cost.main,
+        "precision": precision.main,
+        "throughput": throughput.main,
+    }
     if sys.argv[1:] and sys.argv[1] in subcommands:
         subcommands[sys.argv[1]](sys.argv[2:])
         return

@@ -30,9 +30,10 @@ class Config:
     has finished is never repeated, and one that was interrupted goes on from its last checkpoint:
     start the same command again.
 
-    Two more commands measure: `python -m gnp_optax.experiments cost`, what each method costs, in
+    Three more commands measure: `python -m gnp_optax.experiments cost`, what each method costs, in
     FLOPs, time and memory, on larger models; `python -m gnp_optax.experiments precision`, what low
-    precision does to the perturbation. Add --help for their options.
+    precision does to the perturbation; `python -m gnp_optax.experiments throughput`, how much
+    slower a comparison trains than a bare loop. Add --help for their options.
     """
 
     recipe: str | None = None

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import tqdm
@@ -12,6 +12,7 @@ from gnp_optax.experiments.cost_methods import Step
 from gnp_optax.experiments.workload import Batch, Params
 
 Function = Callable[..., Any]
+Key = TypeVar("Key")
 
 
 class Cost(NamedTuple):
@@ -107,16 +108,16 @@ def _peak(programs: list[Program]) -> int | None:
 
 
 def per_round(
-    measurements: Mapping[Step, Callable[[], float]], rounds: int, doing: str
-) -> dict[Step, list[float]]:
+    measurements: Mapping[Key, Callable[[], float]], rounds: int, doing: str
+) -> dict[Key, list[float]]:
     """Take every measurement once a round, in shuffled order.
 
     So what slows the machine down for a while slows down all of a round.
     """
     order, shuffle = list(measurements), random.Random(0).shuffle
-    found: dict[Step, list[float]] = {step: [] for step in order}
+    found: dict[Key, list[float]] = {key: [] for key in order}
     for _ in tqdm.trange(rounds, desc=doing, unit="round"):
         shuffle(order)
-        for step in order:
-            found[step].append(measurements[step]())
+        for key in order:
+            found[key].append(measurements[key]())
     return found
