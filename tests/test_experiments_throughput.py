@@ -19,17 +19,17 @@ def trainer():
 
 @pytest.mark.parametrize("method", throughput.METHODS)
 def test_bare_step_trains_as_the_comparison_does(trainer, method):
-    step, state, batch = throughput.bare(trainer, method)
+    step, state, (batch, key) = throughput.bare(trainer, method)
     alpha = 0.0 if method == "plain" else trainer.config.alpha
-    key, r = jax.random.key(0), trainer.config.r
+    r = trainer.config.r
     start = trainer._init(0)._replace(params=state[0], opt_state=state[1])
     expected = trainer.steps.regularized(start, batch, key, r, alpha, None)[2]
-    state = step(*state, batch)
+    state = step(*state, batch, key)
     # Adam's moments: the gradient. In the parameters it divides rounding errors by rounding errors.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, 2e-3, 1e-6), state[1], expected.opt_state
     )
-    params = step(*state, batch)[0]  # the learning rate of the first step is 0
+    params = step(*state, batch, key)[0]  # the learning rate of the first step is 0
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-3
 

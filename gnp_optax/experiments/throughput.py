@@ -95,13 +95,13 @@ def _epochs(trainer: Trainer, method: Method) -> Callable[[], float]:
 
 
 def _loop(trainer: Trainer, method: Method) -> Callable[[], float]:
-    step, state, batch = bare(trainer, method)
+    step, state, inputs = bare(trainer, method)
 
     def run() -> float:
         reached = state
         start = time.perf_counter()
         for _ in range(trainer.steps_per_epoch):
-            reached = step(*reached, batch)
+            reached = step(*reached, *inputs)
         jax.block_until_ready(reached)
         return (time.perf_counter() - start) / trainer.steps_per_epoch
 
@@ -110,15 +110,15 @@ def _loop(trainer: Trainer, method: Method) -> Callable[[], float]:
 
 def bare(
     trainer: Trainer, method: Method
-) -> tuple[Callable[..., Any], tuple[Params, Any, Statistics], Split]:
-    """Return a jitted step of training, the state that it begins with, and a batch."""
+) -> tuple[Callable[..., Any], tuple[Params, Any, Statistics], tuple[Split, jax.Array]]:
+    """Return a jitted step, the state that it begins with, and its batch and key of dropout."""
     network, optimizer, config = trainer.network, trainer.optimizer, trainer.config
     batch = Split(*(jax.device_put(x[: config.batch_size]) for x in trainer.data.train))
     key = jax.random.key(0)
     # Jitted, for the initialisation would compile every operation by itself.
     params, statistics = jax.jit(network.init)(key, batch)
 
-    def loss(params: Params, statistics: Statistics, batch: Split) -> Any:
+    def loss(params: Params, statistics: Statistics, batch: Split, key: jax.Array) -> Any:
         return network.loss(params, *batch, statistics, key)
 
     gradient: Callable[..., Any] = jax.value_and_grad(loss, has_aux=True)
@@ -126,12 +126,12 @@ def bare(
         gradient = gnp.value_and_grad(loss, config.r, config.alpha, has_aux=True)
 
     @jax.jit
-    def step(params: Params, opt_state: Any, statistics: Statistics, batch: Split) -> Any:
-        (_, statistics), grads = gradient(params, statistics, batch)
+    def step(params: Params, opt_state: Any, statistics: Statistics, *inputs: Any) -> Any:
+        (_, statistics), grads = gradient(params, statistics, *inputs)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, statistics
 
-    return step, (params, optimizer.init(params), statistics), batch
+    return step, (params, optimizer.init(params), statistics), (batch, key)
 
 
 def table(times: Times) -> str:
