@@ -17,7 +17,7 @@ from gnp_optax.experiments import cost, devices, figures, precision, report, thr
 from gnp_optax.experiments.checkpoints import Checkpoint
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.loading import load
-from gnp_optax.experiments.recipes import RECIPES, of_epochs
+from gnp_optax.experiments.recipes import RECIPES, named, of_epochs
 from gnp_optax.experiments.records import Records, Run
 from gnp_optax.experiments.training import Trainer
 
@@ -29,9 +29,7 @@ def parse(args: Sequence[str]) -> Config:
         parser.add_argument(option(name))
     given = parser.parse_known_args(args)[0]
     name = given.recipe or (given.dataset if given.dataset in RECIPES else "digits")
-    if name not in RECIPES:
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
-    default = RECIPES[name]
+    default = named(name)
     if (given.epochs or "").isdigit() and int(given.epochs) > 0:
         default = of_epochs(default, int(given.epochs))
     config = tyro.cli(Config, prog="python -m gnp_optax.experiments", args=args, default=default)
@@ -100,11 +98,7 @@ def _reported(config: Config, runs: report.Runs) -> str:
 
 def main() -> None:
     """Read the options and run the comparison, or the subcommand."""
-    subcommands = {
-        "cost": cost.main,
-        "precision": precision.main,
-        "throughput": throughput.main,
-    }
+    subcommands = {"cost": cost.main, "precision": precision.main, "throughput": throughput.main}
     if sys.argv[1:] and sys.argv[1] in subcommands:
         subcommands[sys.argv[1]](sys.argv[2:])
         return

@@ -44,7 +44,7 @@ def table(found: dict[str, Any]) -> str:
         (
             row["name"],
             _ratio(row["flops"], plain["flops"]),
-            _times(row, plain),
+            relative_times(row["seconds"], plain["seconds"]),
             _ratio(row["memory"], plain["memory"]),
             f"{_median_compilation(row):.1f}",
             f"{_median_compilation(row) / _median_compilation(plain):.2f}",
@@ -69,10 +69,18 @@ def depth_table(found: dict[str, Any]) -> str:
                 "head" if block == found["blocks"] else f"block {block}",
                 "-" if share is None else f"{1 + share:.3f}",
                 *(_ratio(c["flops"], plain["flops"], digits=3) for c in costs),
-                *(_times(c, plain) for c in costs),
+                *(relative_times(c["seconds"], plain["seconds"]) for c in costs),
             )
         )
     return markdown([(*header, *timed), *rows])
+
+
+def relative_times(seconds: Sequence[float] | None, reference: Sequence[float]) -> str:
+    """Write the median and the quartiles, over the rounds, of the ratio of the times in a round."""
+    if not seconds:
+        return "-"
+    low, middle, high = _quartiles(seconds, reference)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def figure(found: dict[str, Any], title: str, path: Path) -> None:
@@ -125,7 +133,9 @@ def _draw_flops(axes: Any, costs: list[Any], plain: Any, scope: str) -> None:
 
 def _draw_times(axes: Any, costs: list[Any], plain: Any, scope: str) -> None:
     label, color, marker = STYLES[scope]
-    low, middle, high = np.transpose([_quartiles(cost, plain) for cost in costs])
+    low, middle, high = np.transpose(
+        [_quartiles(cost["seconds"], plain["seconds"]) for cost in costs]
+    )
     # Side by side, so that the bars of one do not cover those of the other.
     shift = -0.12 if scope == "all" else 0.12
     axes.errorbar(
@@ -147,16 +157,8 @@ def _median_compilation(cost: Any) -> float:
     return float(np.median(cost["compile_seconds"]))
 
 
-def _quartiles(cost: Any, plain: Any) -> Sequence[float]:
-    ratios = np.divide(cost["seconds"], plain["seconds"])
-    return np.percentile(ratios, (25, 50, 75)).tolist()
-
-
-def _times(cost: Any, plain: Any) -> str:
-    if not cost["seconds"]:
-        return "-"
-    low, middle, high = _quartiles(cost, plain)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+def _quartiles(seconds: Sequence[float], reference: Sequence[float]) -> Sequence[float]:
+    return np.percentile(np.divide(seconds, reference), (25, 50, 75)).tolist()
 
 
 def _quotient(value: float | None, plain: float | None) -> float | None:

@@ -154,3 +154,14 @@ for _name, _base in (("vit-ti", _VIT_TI), ("small-vit", _SMALL_VIT)):
         weight_decay=0.0,
         budget=1.25,
     )
+
+
+def named(name: str) -> Config:
+    """Return the recipe of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
+    return RECIPES[name]

@@ -15,11 +15,12 @@ import tyro
 import gnp_optax as gnp
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.cost_measurement import per_round
+from gnp_optax.experiments.cost_report import relative_times
 from gnp_optax.experiments.data import Split
 from gnp_optax.experiments.loading import load
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.networks import Params, Statistics
-from gnp_optax.experiments.recipes import RECIPES, of_epochs
+from gnp_optax.experiments.recipes import named, of_epochs
 from gnp_optax.experiments.report import STYLES, markdown
 from gnp_optax.experiments.training import Trainer
 
@@ -48,8 +49,7 @@ class ThroughputConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.recipe not in RECIPES:
-            raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}.")
+        named(self.recipe)
         if self.rounds < 1:
             raise ValueError(f"--rounds must be positive, got {self.rounds}.")
 
@@ -58,7 +58,7 @@ class ThroughputConfig:
         """The options of the comparison: an epoch for every round, one before and one after."""
         epochs = self.rounds + 2
         return dataclasses.replace(
-            of_epochs(RECIPES[self.recipe], epochs),
+            of_epochs(named(self.recipe), epochs),
             data_dir=self.data_dir,
             test_every=epochs,
         )
@@ -70,7 +70,8 @@ def main(args: Sequence[str]) -> None:
         config = tyro.cli(
             ThroughputConfig, prog="python -m gnp_optax.experiments throughput", args=args
         )
-        trainer = Trainer(config.comparison, load(config.comparison, (0, 1)))
+        comparison = config.comparison
+        trainer = Trainer(comparison, load(comparison, (0, 1)))
         print(table(measure(trainer, config.rounds)), end="")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -138,14 +139,13 @@ def table(times: Times) -> str:
     """Write medians over the rounds; of the ratio, the quartiles as well."""
     rows = [("method", "comparison, ms / step", "bare loop, ms / step", "comparison / bare loop")]
     for method in METHODS:
-        runner, loop = (np.asarray(times[method, name]) for name in ("comparison", "bare loop"))
-        low, median, high = np.percentile(runner / loop, (25, 50, 75))
+        runner, loop = (times[method, name] for name in ("comparison", "bare loop"))
         rows.append(
             (
                 STYLES[method][0],
                 f"{1e3 * np.median(runner):.2f}",
                 f"{1e3 * np.median(loop):.2f}",
-                f"{median:.2f} ({low:.2f} to {high:.2f})",
+                relative_times(runner, loop),
             )
         )
     return markdown(rows)
