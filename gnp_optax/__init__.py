@@ -1,12 +1,30 @@
-"""Gradient regularization, SAM and layer-wise gradient regularization for JAX and Optax."""
+"""Gradient regularization, SAM and layer-wise gradient regularization for JAX and Optax.
 
-from importlib import import_module as _import_module
-from types import ModuleType as _ModuleType
+`gradient_regularization`, `sam`, `asam` and `layerwise_gradient_regularization` come first in an
+Optax chain; `value_and_grad` takes the place of `jax.value_and_grad` instead. Beside them:
+
+    schedules      the warmups of radius and weight, and every k-th step
+    directions     from the gradient to the direction of ascent
+    masks          which layers are perturbed, and what that costs
+    batching       gradient accumulation, and a perturbation for each group of m examples
+    linen, nnx     Flax: a TrainState that hands on the loss; a drop-in for nnx.value_and_grad
+    diagnostics    how flat a minimum is: sharpness, Hessian, landscapes
+    plots          pictures of what diagnostics measures
+
+The last four need Flax, matfree or matplotlib, and are imported when they are asked for. The
+comparison of all methods is a command: `python -m gnp_optax.experiments`.
+"""
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from gnp_optax import batching, directions, masks, schedules
 from gnp_optax._functional import value_and_grad
 from gnp_optax._presets import asam, layerwise_gradient_regularization, sam
 from gnp_optax._transformation import GradientRegularizationState, gradient_regularization
+
+if TYPE_CHECKING:
+    from gnp_optax import diagnostics, linen, nnx, plots  # noqa: F401
 
 __version__ = "0.1.0"
 
@@ -34,11 +52,11 @@ _EXTRAS = {
 }
 
 
-def __getattr__(name: str) -> _ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _EXTRAS:
         extra, libraries = _EXTRAS[name]
         try:
-            return _import_module(f"gnp_optax.{name}")
+            return importlib.import_module(f"gnp_optax.{name}")
         except ModuleNotFoundError as error:
             if error.name not in libraries:
                 raise
@@ -46,3 +64,12 @@ def __getattr__(name: str) -> _ModuleType:
                 f"gnp_optax.{name} needs {error.name}: pip install 'gnp-optax[{extra}]'."
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # `help` gets all that is listed, so that what can't be imported must not be.
+    def is_there(library: str) -> bool:
+        return importlib.util.find_spec(library) is not None
+
+    there = [name for name, (_, libraries) in _EXTRAS.items() if all(map(is_there, libraries))]
+    return [*__all__, *there, "__version__"]

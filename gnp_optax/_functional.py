@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _mixing, _numerics, _parts, _perturbation, _prefix
-from gnp_optax._selection import Mask
+from gnp_optax import _prefix, directions
+from gnp_optax._core import checks, losses, mixing, numerics, perturbation, selection
+from gnp_optax._core.options import Curvature, Options, Scope
+from gnp_optax._core.perturbation import Arrays, Gradient, Loss, Point
+from gnp_optax._core.selection import Mask
 
 PyTree = Any
-Arrays = list[Any]
 
 
 def value_and_grad(
@@ -22,8 +24,8 @@ def value_and_grad(
     *,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
-    scope: str = "all",
-    curvature: str = "finite_difference",
+    scope: Scope = "all",
+    curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
@@ -91,99 +93,175 @@ def value_and_grad(
         Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
         Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
     """
-    for name, number in (("r", r), ("alpha", alpha)):
-        if callable(number):
-            raise TypeError(
-                f"{name} is a schedule, but value_and_grad keeps no step count to read it at. Call "
-                f"it with your own: {name}=schedule(step)."
-            )
-        _checks.check_scalar(name, number)
-    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature, perturb_dtype)
-    with_aux = _loss.with_aux(fun, has_aux)
+    options = resolve(direction, mask, scope, curvature, perturb_dtype, has_aux)
+    return regularized(fun, r, alpha, options)
+
+
+def resolve(
+    direction: optax.GradientTransformation | None,
+    mask: Mask,
+    scope: Scope,
+    curvature: Curvature,
+    perturb_dtype: jax.typing.DTypeLike | None,
+    has_aux: bool,
+) -> Options:
+    """Check the options that every public form shares, and fill in the default direction."""
+    ascent = directions.normalized() if direction is None else direction
+    return Options(ascent, mask, scope, curvature, perturb_dtype, has_aux)
+
+
+def regularized(
+    fun: Callable[..., Any],
+    r: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
+    options: Options,
+) -> Callable[..., tuple[Any, PyTree]]:
+    """Return the function that `value_and_grad` returns."""
+    _check_number("r", r)
+    _check_number("alpha", alpha)
+    loss_fn = losses.with_aux(fun, options.has_aux)
 
     @functools.wraps(fun)
     def value_and_grad_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        parts = _parts.Parts(mask, params)
-        perturbed, unperturbed = parts.divide(params)
+        parts = selection.Parts(options.mask, params)
+        ascend = _ascent(options, parts, params)
 
         def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
-            return with_aux(parts.unite(perturbed, unperturbed), *args, **kwargs)
+            return loss_fn(parts.unite(perturbed, unperturbed), *args, **kwargs)
 
-        def ascend(grads: Arrays) -> tuple[Arrays, Any]:
-            filled = parts.unite(grads, [jnp.zeros_like(w) for w in unperturbed])
-            found, state = _perturbation.ascend_without_state(
-                ascent,
-                filled,
-                params,
-                "value_and_grad keeps none between steps. Use the transformation: "
-                "gnp.gradient_regularization(r, alpha, direction=...).",
-            )
-            return parts.divide(found)[0], state
+        # What both gradients share: all that comes before the first use of a perturbed leaf.
+        is_plain = mixing.is_known_to_be(0, alpha)
+        shared = _shared(loss, parts.divide(params), options, is_plain)
+        # g, and how to find g~
+        (value, aux), g, second_gradient, pullback = _first_gradient(shared, options, is_plain)
 
-        # Everything up to the boundary is computed once; the rest is a loss like any other.
-        one_pass = _mixing.is_known_to_be(0, alpha)
-        # Traced once, the suffix could not compute in two types.
-        if one_pass or _mixing.is_retyped(perturbed, perturb_dtype):
-            prefix, suffix = _prefix.uncut(loss)
-        else:
-            prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
-        boundary, pullback, values = jax.vjp(prefix, unperturbed, has_aux=True)
+        def mixed() -> Gradient:
+            second = second_gradient(g, ascend(g), r)  # at theta + r d
+            return mixing.mixture(g, second, r, alpha)  # (1 - alpha) g + alpha g~
 
-        def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
-            return suffix(perturbed, boundary, values)
-
-        def pulled_back(grads: _perturbation.Gradient) -> _perturbation.Gradient:
-            (at_unperturbed,) = pullback(grads[1])
-            return grads[0], at_unperturbed
-
-        point = perturbed, boundary
-        # Only a second gradient could be of other types than the first.
-        again = curvature != "exact" and not one_pass
-        typed = _perturbation.typed(rest, point, perturb_dtype) if again else rest
-        gradient = jax.value_and_grad(typed, argnums=(0, 1), has_aux=True)
-        # `H d` may be far smaller than the gradient. Where the boundary is of low precision the two
-        # are added behind it, in the parameters.
-        separately = curvature == "exact" and scope == "all" and any(map(_is_narrow, boundary))
-        if curvature == "exact":
-
-            def first_pass(perturbed: Arrays) -> tuple[Any, Any]:
-                found, grads = gradient(perturbed, boundary)
-                return (pulled_back(grads) if separately else grads), found
-
-            # Not `jvp` at the second pass, which would compute the gradient anew.
-            grads, linear, (value, aux) = jax.linearize(first_pass, perturbed, has_aux=True)
-
-            def product(direction: Arrays) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-                first, second = linear(direction)
-                return value, (first, second if scope == "all" else [None] * len(second))
-
-            second_pass = _perturbation.extrapolation(product, perturbed, grads, r, alpha)
-        else:
-            # Where both passes ask for the same, they are traced once.
-            same = scope == "all" or not boundary
-            if same and again:
-                gradient = _loss.traced_once(gradient, *point)
-            (value, aux), grads = gradient(*point)
-
-            def gradient_at(
-                moved: Arrays, others: Arrays
-            ) -> tuple[jax.Array, _perturbation.Gradient]:
-                if not same:
-                    return _perturbation.gradient(typed, (moved, others), scope)
-                (value, _), found = gradient(moved, others)
-                return value, found
-
-            second_pass = _perturbation.finite_difference(
-                gradient_at, point, grads, r, alpha, perturb_dtype
-            )
-        regularized, _, _ = _perturbation.regularize(
-            grads, ascend=ascend, second_pass=second_pass, observe=lambda second: None, alpha=alpha
-        )
-        grads = regularized if separately else pulled_back(regularized)
-        return ((value, aux) if has_aux else value), parts.unite(*grads)
+        g_reg = mixing.unless_zero(alpha, mixed, lambda: g)
+        return ((value, aux) if options.has_aux else value), parts.unite(*pullback(g_reg))
 
     return value_and_grad_fn
 
 
+def _check_number(name: str, number: Any) -> None:
+    if callable(number):
+        raise TypeError(
+            f"{name} is a schedule, but value_and_grad keeps no step count to read it at. Call "
+            f"it with your own: {name}=schedule(step)."
+        )
+    checks.check_scalar(name, number)
+
+
+def _ascent(
+    options: Options, parts: selection.Parts, params: PyTree
+) -> Callable[[Gradient], Arrays]:
+    """Return the function from a gradient to the direction of ascent."""
+    _, unperturbed = parts.divide(params)
+    state = perturbation.empty_state(
+        options.direction,
+        params,
+        "value_and_grad keeps none between steps. Use the transformation: "
+        "gnp.gradient_regularization(r, alpha, direction=...).",
+    )
+
+    def ascend(g: Gradient) -> Arrays:
+        # In place of g at the boundary, which is not that of leaves.
+        filled = parts.unite(g[0], [jnp.zeros_like(w) for w in unperturbed])
+        direction, _ = options.direction.update(filled, state, params)
+        return parts.divide(direction)[0]
+
+    return ascend
+
+
+class _Shared(NamedTuple):
+    """A loss behind a boundary, and the way back to the parameters.
+
+    Attributes:
+        loss: The loss of what is perturbed and of the boundary.
+        point: What is perturbed, and the boundary.
+        pullback: From the gradient at the point to that at the parameters.
+    """
+
+    loss: Loss
+    point: Point
+    pullback: Callable[[Gradient], Gradient]
+
+
+def _shared(loss: Loss, params: Point, options: Options, is_plain: bool) -> _Shared:
+    """Compute what does not depend on what is perturbed, once for both gradients."""
+    perturbed, unperturbed = params
+    # Traced once, the suffix could not compute in two types.
+    if is_plain or perturbation.is_retyped(perturbed, options.perturb_dtype):
+        prefix, suffix = _prefix.uncut(loss)
+    else:
+        prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
+    boundary, pull, values = jax.vjp(prefix, unperturbed, has_aux=True)
+
+    def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
+        return suffix(perturbed, boundary, values)
+
+    def pullback(gradient: Gradient) -> Gradient:
+        (at_unperturbed,) = pull(gradient[1])
+        return gradient[0], at_unperturbed
+
+    return _Shared(rest, (perturbed, boundary), pullback)
+
+
+class _First(NamedTuple):
+    """The value with aux, g, how g~ is found, and the way back to the parameters."""
+
+    value: tuple[jax.Array, Any]
+    g: Gradient
+    second_gradient: perturbation.Second
+    pullback: Callable[[Gradient], Gradient]
+
+
+def _first_gradient(shared: _Shared, options: Options, is_plain: bool) -> _First:
+    if options.curvature == "exact":
+        return _linearized(shared, options)
+    loss, point = shared.loss, shared.point
+    if not is_plain:  # only a second gradient could be of other types than the first
+        loss = perturbation.at_types(loss, point, options.perturb_dtype)
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    # Where both gradients are of the same arrays, they are traced once.
+    is_same = options.scope == "all" or not point[1]
+    if is_same and not is_plain:
+        gradient = losses.traced_once(gradient, *point)
+
+    def gradient_at(moved: Arrays, others: Arrays) -> tuple[jax.Array, Gradient]:
+        if not is_same:
+            return perturbation.gradient(loss, (moved, others), options.scope)
+        (value, _), found = gradient(moved, others)
+        return value, found
+
+    second = perturbation.by_difference(gradient_at, point, options.perturb_dtype)
+    return _First(*gradient(*point), second, shared.pullback)
+
+
+def _linearized(shared: _Shared, options: Options) -> _First:
+    perturbed, boundary = shared.point
+    gradient = jax.value_and_grad(shared.loss, argnums=(0, 1), has_aux=True)
+    everywhere = options.scope == "all"
+    # `H d` may be far smaller than the gradient. Where the boundary is of low precision the two are
+    # added behind it, in the parameters.
+    separately = everywhere and any(map(_is_narrow, boundary))
+
+    def first(perturbed: Arrays) -> tuple[Gradient, Any]:
+        found, g = gradient(perturbed, boundary)
+        return (shared.pullback(g) if separately else g), found
+
+    # Not `jvp` when g~ is wanted, which would compute the gradient anew.
+    g, linear, (value, aux) = jax.linearize(first, perturbed, has_aux=True)
+
+    def product(direction: Arrays) -> tuple[jax.Array, Gradient]:
+        own, others = linear(direction)
+        return value, (own, others if everywhere else [None] * len(others))
+
+    second = perturbation.by_curvature(product, shared.point)
+    return _First((value, aux), g, second, (lambda g: g) if separately else shared.pullback)
+
+
 def _is_narrow(x: jax.Array) -> bool:
-    return _numerics.wide(x.dtype) != x.dtype
+    return numerics.wide(x.dtype) != x.dtype

@@ -3,9 +3,11 @@
 import jax
 import optax
 
-from gnp_optax import _checks, directions
-from gnp_optax._selection import Mask
-from gnp_optax._transformation import gradient_regularization
+from gnp_optax import _functional, directions
+from gnp_optax._core import checks
+from gnp_optax._core.options import Curvature, Scope
+from gnp_optax._core.selection import Mask
+from gnp_optax._transformation import transformation
 
 
 def sam(
@@ -13,7 +15,7 @@ def sam(
     *,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
-    scope: str = "all",
+    scope: Scope = "all",
     perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -49,16 +51,11 @@ def sam(
         Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization",
         ICLR 2021, algorithm 1.
     """
-    _checks.check_scalar_or_schedule("rho", rho)
-    return gradient_regularization(
-        rho,
-        1.0,
-        direction=direction,
-        mask=mask,
-        scope=scope,
-        perturb_dtype=perturb_dtype,
-        has_aux=has_aux,
+    checks.check_scalar_or_schedule("rho", rho)
+    options = _functional.resolve(
+        direction, mask, scope, "finite_difference", perturb_dtype, has_aux
     )
+    return transformation(rho, 1.0, options)
 
 
 def asam(
@@ -66,7 +63,7 @@ def asam(
     eta: float = 0.01,
     *,
     mask: Mask = None,
-    scope: str = "all",
+    scope: Scope = "all",
     perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,8 +114,8 @@ def layerwise_gradient_regularization(
     mask: Mask,
     *,
     direction: optax.GradientTransformation | None = None,
-    scope: str = "masked",
-    curvature: str = "finite_difference",
+    scope: Scope = "masked",
+    curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -166,13 +163,5 @@ def layerwise_gradient_regularization(
             "layerwise_gradient_regularization needs a mask that names layers, such as "
             "gnp.masks.top_k_layers(grads, k=4). For all layers: gnp.gradient_regularization."
         )
-    return gradient_regularization(
-        r,
-        alpha,
-        direction=direction,
-        mask=mask,
-        scope=scope,
-        curvature=curvature,
-        perturb_dtype=perturb_dtype,
-        has_aux=has_aux,
-    )
+    options = _functional.resolve(direction, mask, scope, curvature, perturb_dtype, has_aux)
+    return transformation(r, alpha, options)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _loss, _numerics, _parts, _perturbation, _report, _selection
-from gnp_optax._selection import Mask
-
-Arrays = list[Any]
+from gnp_optax import _functional
+from gnp_optax._core import checks, losses, mixing, numerics, perturbation, report, selection
+from gnp_optax._core.options import Curvature, Options, Scope
+from gnp_optax._core.perturbation import Arrays, Gradient
+from gnp_optax._core.selection import Mask
 
 
 class GradientRegularizationState(NamedTuple):
@@ -44,8 +45,8 @@ def gradient_regularization(
     *,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
-    scope: str = "all",
-    curvature: str = "finite_difference",
+    scope: Scope = "all",
+    curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -114,18 +115,25 @@ def gradient_regularization(
         Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
         Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
     """
-    _checks.check_scalar_or_schedule("r", r)
-    _checks.check_scalar_or_schedule("alpha", alpha)
-    ascent = _perturbation.resolve_direction(direction, mask, scope, curvature, perturb_dtype)
+    options = _functional.resolve(direction, mask, scope, curvature, perturb_dtype, has_aux)
+    return transformation(r, alpha, options)
+
+
+def transformation(
+    r: optax.ScalarOrSchedule, alpha: optax.ScalarOrSchedule, options: Options
+) -> optax.GradientTransformationExtraArgs:
+    """Return the transformation that `gradient_regularization` returns."""
+    checks.check_scalar_or_schedule("r", r)
+    checks.check_scalar_or_schedule("alpha", alpha)
+    ascent = optax.with_extra_args_support(options.direction)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
-        _checks.check_not_inside_multi_steps()
+        checks.check_not_inside_multi_steps()
         # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
         if jax.tree.leaves(params):
-            _selection.selected_leaves(mask, params)
-        return GradientRegularizationState(
-            jnp.zeros([], jnp.int32), ascent.init(params), *_report.not_run()
-        )
+            selection.selected_leaves(options.mask, params)
+        step = jnp.zeros([], jnp.int32)
+        return GradientRegularizationState(step, ascent.init(params), *report.not_run())
 
     def update_fn(
         updates: optax.Updates,
@@ -135,76 +143,65 @@ def gradient_regularization(
         value_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientRegularizationState]:
-        _checks.check_not_inside_multi_steps()
-        if params is None:
-            raise ValueError(
-                "Gradient regularization perturbs the parameters and needs them: "
-                "tx.update(grads, opt_state, params, value_fn=loss_fn)."
-            )
-        if not isinstance(state, GradientRegularizationState):
-            raise TypeError(
-                f"The optimizer state has {type(state).__name__} where GradientRegularizationState "
-                f"should be. A checkpoint has to be restored into the structure of tx.init(params)."
-            )
-        loss_fn = _loss.closure(value_fn, extra_args, has_aux)
-        parts = _parts.Parts(mask, params)
-        grads = parts.divide(updates)
+        state = _checked(state, params)
+        loss_fn = losses.closure(value_fn, extra_args, options.has_aux)
+        parts = selection.Parts(options.mask, params)
+        g, point = parts.divide(updates), parts.divide(params)
+        radius, weight = _at("r", r, state.step), _at("alpha", alpha, state.step)
 
         def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
             return loss_fn(parts.unite(perturbed, unperturbed))
 
-        point = parts.divide(params)
-        zeros = [_zero(g, w) for g, w in zip(grads[1], point[1], strict=True)]
+        def ascend() -> tuple[Arrays, optax.OptState]:
+            zeros = [_zero(g, w) for g, w in zip(g[1], point[1], strict=True)]
+            filled = parts.unite(g[0], zeros)
+            found, moved = ascent.update(filled, state.direction_state, params, **extra_args)
+            return parts.divide(found)[0], moved
 
-        def ascend(g: Arrays) -> tuple[Arrays, Any]:
-            found, direction_state = ascent.update(
-                parts.unite(g, zeros), state.direction_state, params, **extra_args
-            )
-            return parts.divide(found)[0], direction_state
+        second_gradient = perturbation.second_gradient(loss, point, options)
 
-        radius, weight = _at_step("r", r, state.step), _at_step("alpha", alpha, state.step)
-        if curvature == "exact":
-            product = _perturbation.hessian_product(loss, point, scope)
-            second_pass = _perturbation.extrapolation(product, point[0], grads, radius, weight)
-        else:
-            typed = _perturbation.typed(loss, point, perturb_dtype)
+        def mixed() -> tuple[Gradient, optax.OptState, report.Report]:
+            direction, direction_state = ascend()
+            second = second_gradient(g, direction, radius)  # at theta + r d
+            g_reg = mixing.mixture(g, second, radius, weight)  # (1 - alpha) g + alpha g~
+            return g_reg, direction_state, report.of(g, point[0], second)
 
-            def gradient_at(
-                moved: Arrays, others: Arrays
-            ) -> tuple[jax.Array, _perturbation.Gradient]:
-                return _perturbation.gradient(typed, (moved, others), scope)
+        def plain() -> tuple[Gradient, optax.OptState, report.Report]:
+            # The state of a direction sees every gradient; of one without state, nothing remains.
+            return g, ascend()[1], report.not_run(updates)
 
-            second_pass = _perturbation.finite_difference(
-                gradient_at, point, grads, radius, weight, perturb_dtype
-            )
-
-        def observe(second: _perturbation.SecondPass | None) -> _report.Report:
-            return _report.report(grads, point[0], second) if second else _report.not_run(updates)
-
-        regularized, direction_state, report = _perturbation.regularize(
-            grads,
-            ascend=ascend,
-            second_pass=second_pass,
-            observe=observe,
-            alpha=weight,
-        )
+        g_reg, direction_state, seen = mixing.unless_zero(weight, mixed, plain)
         step = jnp.asarray(optax.safe_increment(state.step))
-        return parts.unite(*regularized), GradientRegularizationState(
-            step, direction_state, *report
-        )
+        return parts.unite(*g_reg), GradientRegularizationState(step, direction_state, *seen)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _at_step(name: str, value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
+def _checked(state: Any, params: Any) -> GradientRegularizationState:
+    """Return the state, or raise for what can't be updated."""
+    checks.check_not_inside_multi_steps()
+    if params is None:
+        raise ValueError(
+            "Gradient regularization perturbs the parameters and needs them: "
+            "tx.update(grads, opt_state, params, value_fn=loss_fn)."
+        )
+    if not isinstance(state, GradientRegularizationState):
+        raise TypeError(
+            f"The optimizer state has {type(state).__name__} where GradientRegularizationState "
+            f"should be. A checkpoint has to be restored into the structure of tx.init(params)."
+        )
+    return state
+
+
+def _at(name: str, value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
     if not callable(value):
         return value
     scheduled = value(step)
-    _checks.check_scalar(f"{name}(step)", scheduled)
+    checks.check_scalar(f"{name}(step)", scheduled)
     return scheduled
 
 
 def _zero(g: Any, w: Any) -> jax.Array:
     # The gradient of an integer leaf is of type float0, or missing.
-    has_gradient = _numerics.is_inexact(w) and g is not None
+    has_gradient = numerics.is_inexact(w) and g is not None
     return jnp.zeros(jnp.shape(w), jnp.result_type(g if has_gradient else w))

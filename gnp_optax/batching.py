@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gnp_optax import _checks, _loss, _numerics, _pieces
+from gnp_optax._core import checks, losses, numerics, pieces
 
+__all__ = ["accumulate", "m_sharpness"]
 PyTree = Any
 Arrays = list[Any]
 
@@ -66,13 +67,13 @@ def accumulate(
         >>> jax.grad(loss)(w, x).tolist(), jax.grad(accumulate(loss, 2))(w, x).tolist()
         ([62.0, 76.0], [62.0, 76.0])
     """
-    _checks.check_integer("micro_batches", micro_batches, at_least=1)
-    with_aux = _loss.with_aux(fun, has_aux)
+    checks.check_integer("micro_batches", micro_batches, at_least=1)
+    with_aux = losses.with_aux(fun, has_aux)
 
     @functools.wraps(fun)
     def accumulated(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
-        _pieces.check_params("batching.accumulate", params)
-        size = _pieces.batch_size("batching.accumulate", args, kwargs)
+        pieces.check_params("batching.accumulate", params)
+        size = pieces.batch_size("batching.accumulate", args, kwargs)
         if size % micro_batches:
             raise ValueError(
                 f"A batch of {size} examples cannot be divided into {micro_batches} micro-batches "
@@ -80,9 +81,9 @@ def accumulate(
             )
         parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]), args)
         leaves, structure = jax.tree.flatten(params)
-        differentiable = [_numerics.is_inexact(leaf) for leaf in leaves]
+        differentiable = [numerics.is_inexact(leaf) for leaf in leaves]
         # Arrays are handed on, not closed over: JAX may differentiate after this trace is over.
-        others, rebuild = _pieces.arrays((_pieces.only(leaves, differentiable, False), kwargs))
+        others, rebuild = pieces.arrays((pieces.only(leaves, differentiable, False), kwargs))
 
         def of_part(inexact: Arrays, others: Arrays, part: Any) -> tuple[jax.Array, Any]:
             rest, kwargs = rebuild(others)
@@ -90,8 +91,8 @@ def accumulate(
             filled = [next(sources[is_inexact]) for is_inexact in differentiable]
             return with_aux(jax.tree.unflatten(structure, filled), *part, **kwargs)
 
-        inexact = _pieces.only(leaves, differentiable, True)
-        value, aux = _pieces.mean_loss(of_part, inexact, others, parts)
+        inexact = pieces.only(leaves, differentiable, True)
+        value, aux = pieces.mean_loss(of_part, inexact, others, parts)
         return (value, jax.lax.stop_gradient(aux)) if has_aux else value
 
     return accumulated
@@ -151,13 +152,13 @@ def m_sharpness(
         Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization",
         ICLR 2021, section 4.1.
     """
-    _checks.check_integer("m", m, at_least=1)
-    _checks.check_integer("parallel", parallel, at_least=1)
+    checks.check_integer("m", m, at_least=1)
+    checks.check_integer("parallel", parallel, at_least=1)
 
     @functools.wraps(gradient)
     def mean_gradient(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        _pieces.check_params("batching.m_sharpness", params)
-        size = _pieces.batch_size("batching.m_sharpness", args, kwargs)
+        pieces.check_params("batching.m_sharpness", params)
+        size = pieces.batch_size("batching.m_sharpness", args, kwargs)
         if size % m:
             raise ValueError(f"A batch of {size} examples has no groups of {m}: m must divide it.")
         if (size // m) % parallel:
@@ -175,13 +176,13 @@ def m_sharpness(
                 found, grads = of_group(jax.tree.map(lambda x: x[0], groups))
                 return jax.tree.map(lambda x: jnp.asarray(x)[None], found), grads
             found, grads = jax.vmap(of_group)(groups)
-            return found, jax.tree.map(lambda g: _numerics.widen(g).sum(0), grads)
+            return found, jax.tree.map(lambda g: numerics.widen(g).sum(0), grads)
 
-        (values, aux), sums = _pieces.summed(of_groups, params, rounds)
+        (values, aux), sums = pieces.summed(of_groups, params, rounds)
         grads = jax.tree.map(
             lambda w, total: (total / (size // m)).astype(jnp.result_type(w)), params, sums
         )
-        value = _pieces.mean(values)
+        value = pieces.mean(values)
         if not has_aux:
             return value, grads
         # From (round, place, ...) to the order of the groups in the batch.
@@ -207,3 +208,7 @@ def _checked(found: Any, params: PyTree, has_aux: bool) -> tuple[tuple[jax.Array
             "it (value, grads); pass the same has_aux to both."
         )
     return (value if has_aux else (value, None)), grads
+
+
+def __dir__() -> list[str]:
+    return __all__

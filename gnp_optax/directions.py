@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks, _numerics
+from gnp_optax._core import checks, numerics
+
+__all__ = ["adaptive", "normalized"]
 
 
 def normalized() -> optax.GradientTransformation:
@@ -42,8 +44,8 @@ def normalized() -> optax.GradientTransformation:
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        total = _numerics.norm(jax.tree.leaves(updates))
-        return _numerics.divide(jax.tree.map(jnp.conj, updates), total), state
+        total = numerics.norm(jax.tree.leaves(updates))
+        return numerics.divide(jax.tree.map(jnp.conj, updates), total), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -74,13 +76,13 @@ def adaptive(eta: float = 0.01) -> optax.GradientTransformation:
     References:
         Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021, equation 6.
     """
-    _checks.check_scalar("eta", eta)
+    checks.check_scalar("eta", eta)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         del params
         return optax.EmptyState()
 
-    @_numerics.promoting
+    @numerics.promoting
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
@@ -90,12 +92,16 @@ def adaptive(eta: float = 0.01) -> optax.GradientTransformation:
             )
 
         def magnitude(w: jax.Array) -> jax.Array:
-            w = _numerics.widen(w)
-            return (jnp.abs(w) + eta).astype(_numerics.real(w.dtype))
+            w = numerics.widen(w)
+            return (jnp.abs(w) + eta).astype(numerics.real(w.dtype))
 
         t = jax.tree.map(magnitude, params)
         scaled = jax.tree.map(lambda g, t: t * jnp.conj(g), updates, t)
-        total = _numerics.norm(jax.tree.leaves(scaled))
-        return _numerics.divide(jax.tree.map(jnp.multiply, t, scaled), total), state
+        total = numerics.norm(jax.tree.leaves(scaled))
+        return numerics.divide(jax.tree.map(jnp.multiply, t, scaled), total), state
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,8 @@ from typing import Any, Self
 import optax
 from flax.training import train_state
 
+__all__ = ["TrainState"]
+
 
 class TrainState(train_state.TrainState):
     """Flax's `TrainState`, whose `apply_gradients` passes extra arguments on to the optimizer.
@@ -66,3 +68,7 @@ class TrainState(train_state.TrainState):
 
 # What Optax's own transformations are handed: never a misspelt field.
 _OPTAX_NAMES = {"value", "value_fn", "grad", "grad_fn", "obj_fn"}
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,8 +8,13 @@ import jax
 import optax
 from flax import nnx
 
-from gnp_optax import _functional, _loss
-from gnp_optax._selection import Mask
+from gnp_optax import _functional
+from gnp_optax._core import losses
+from gnp_optax._core.options import Curvature, Scope
+from gnp_optax._core.selection import Mask
+
+__all__ = ["value_and_grad"]
+PyTree = Any
 
 
 def value_and_grad(
@@ -19,8 +24,8 @@ def value_and_grad(
     *,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
-    scope: str = "all",
-    curvature: str = "finite_difference",
+    scope: Scope = "all",
+    curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
@@ -63,53 +68,63 @@ def value_and_grad(
         {'bias': (1,), 'kernel': (2, 1)}
     """
     matches = nnx.filterlib.to_predicate(wrt)
-    with_aux = _loss.with_aux(fun, has_aux)
+    loss = losses.with_aux(fun, has_aux)
+    # Beside the user's aux, the variables that the clean pass has changed.
+    options = _functional.resolve(direction, mask, scope, curvature, perturb_dtype, has_aux=True)
 
-    def of_model(path: tuple[Any, ...], value: Any) -> bool:
-        return path[0] == 0 and matches(path[1:], value)
-
-    def pure(params: Any, rebuild: Callable[[Any], Any]) -> tuple[Any, Any]:
-        called = rebuild(params)
+    def of_params(params: PyTree, call: _Call) -> tuple[jax.Array, Any]:
+        called = call.at(params)
         model, args, kwargs = called
-        value, aux = with_aux(model, *args, **kwargs)
-        split: Any = nnx.split(called, of_model, nnx.Variable, ...)
-        _, _, variables, _ = split
-        return value, (aux, variables)
+        value, aux = loss(model, *args, **kwargs)
+        return value, (aux, call.others(called))
 
-    core = _functional.value_and_grad(
-        pure,
-        r,
-        alpha,
-        direction=direction,
-        mask=mask,
-        scope=scope,
-        curvature=curvature,
-        perturb_dtype=perturb_dtype,
-        has_aux=True,
-    )
+    gradient = _functional.regularized(of_params, r, alpha, options)
 
     @functools.wraps(fun)
     def value_and_grad_fn(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        # All arguments at once, since they may share variables (an `nnx.Rngs` for one).
         called = (model, args, kwargs)
-        split: Any = nnx.split(called, of_model, ...)
-        graphdef, differentiated, rest = split
-        if not jax.tree.leaves(differentiated):
+        call = _Call(called, matches)
+        if not jax.tree.leaves(call.params):
             raise ValueError(f"The model has no variables to differentiate: wrt={wrt!r}.")
-        # The state holds the live variables, which a pass changes: keep their present values.
-        values, rest_structure = jax.tree.flatten(rest)
-        structure = jax.tree.structure(differentiated)
-
-        def rebuild(params: Any) -> Any:
-            # Unflattened anew in every pass, so that the variables belong to the pass's own trace.
-            return nnx.merge(
-                graphdef,
-                jax.tree.unflatten(structure, jax.tree.leaves(params)),
-                jax.tree.unflatten(rest_structure, values),
-            )
-
-        (value, (aux, variables)), grads = core(differentiated[0], rebuild)
-        nnx.update(called, variables)
+        (value, (aux, changed)), grads = gradient(call.params, call)
+        nnx.update(called, changed)
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad_fn
+
+
+class _Call:
+    """The model and all other arguments of a call, as a function of what is differentiated.
+
+    All arguments at once, since they may share variables (an `nnx.Rngs` for one).
+    """
+
+    def __init__(self, called: PyTree, matches: Callable[[Any, Any], bool]) -> None:
+        self._matches = matches
+        split: Any = nnx.split(called, self._is_differentiated, ...)
+        self._graphdef, differentiated, rest = split
+        self.params = differentiated[0] if differentiated else differentiated
+        self._structure = jax.tree.structure(differentiated)
+        # The state holds the live variables, which a pass changes: keep their present values.
+        self._values, self._rest_structure = jax.tree.flatten(rest)
+
+    def at(self, params: PyTree) -> PyTree:
+        """Return the arguments anew, so that the variables belong to the trace of one pass."""
+        return nnx.merge(
+            self._graphdef,
+            jax.tree.unflatten(self._structure, jax.tree.leaves(params)),
+            jax.tree.unflatten(self._rest_structure, self._values),
+        )
+
+    def others(self, called: PyTree) -> Any:
+        """Return the variables that are not differentiated."""
+        split: Any = nnx.split(called, self._is_differentiated, nnx.Variable, ...)
+        _, _, variables, _ = split
+        return variables
+
+    def _is_differentiated(self, path: tuple[Any, ...], value: Any) -> bool:
+        return path[0] == 0 and self._matches(path[1:], value)
+
+
+def __dir__() -> list[str]:
+    return __all__

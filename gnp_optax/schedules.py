@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax import _checks
+from gnp_optax._core import checks
+
+__all__ = ["every", "lambda_warmup", "r_warmup", "zero_warmup"]
 
 
 def r_warmup(r: float, warmup_steps: int) -> optax.Schedule:
@@ -118,8 +120,8 @@ def every(k: int, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
         >>> [float(schedule(step)) for step in range(5)]
         [0.5, 0.0, 0.0, 0.5, 0.0]
     """
-    _checks.check_integer("k", k, at_least=1)
-    _checks.check_scalar_or_schedule("alpha", alpha)
+    checks.check_integer("k", k, at_least=1)
+    checks.check_scalar_or_schedule("alpha", alpha)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         alpha_now = alpha(step) if callable(alpha) else alpha
@@ -137,5 +139,9 @@ def _linear(name: str, value: float, warmup_steps: int) -> optax.Schedule:
 
 
 def _check_warmup(name: str, value: float, warmup_steps: int) -> None:
-    _checks.check_scalar(name, value)
-    _checks.check_integer("warmup_steps", warmup_steps, at_least=0)
+    checks.check_scalar(name, value)
+    checks.check_integer("warmup_steps", warmup_steps, at_least=0)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import mlp
+from models.problems import mlp
 
 import gnp_optax as gnp
-from gnp_optax import _flops, batching
+from gnp_optax import batching
+from gnp_optax.masks import _cost
 
 R, ALPHA = 0.1, 0.8
 FORMS = {
@@ -51,6 +52,7 @@ def problem():
 # Accumulation
 
 
+@pytest.mark.exhaustive(but=["layer-wise-False", "exact-True"])
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_micro_batches_give_the_numbers_of_the_batch(form, jit, x64):
@@ -87,7 +89,7 @@ def test_k_micro_batches_take_2_k_passes_and_no_operation_more():
         return jnp.mean((jnp.tanh(x @ params["body"]) @ params["head"]) ** 2)
 
     whole, parts = (
-        _flops.flops(regularized(loss), params, x) for loss in (wide, batching.accumulate(wide, 4))
+        _cost.flops(regularized(loss), params, x) for loss in (wide, batching.accumulate(wide, 4))
     )
     assert parts < 1.02 * whole
 
@@ -108,7 +110,7 @@ def test_a_loss_in_micro_batches_is_evaluated_without_a_gradient():
     params, loss, x, y = mlp()
     value = jax.jit(batching.accumulate(loss, 4))
     np.testing.assert_allclose(value(params, x, y), loss(params, x, y), rtol=1e-6)
-    assert _flops.flops(value, params, x, y) < 0.7 * _flops.flops(jax.grad(loss), params, x, y)
+    assert _cost.flops(value, params, x, y) < 0.7 * _cost.flops(jax.grad(loss), params, x, y)
 
 
 def test_parameters_that_need_no_gradient_and_arguments_that_are_not_split(x64):
@@ -180,6 +182,7 @@ def by_definition(gradient, m, params, x, y):
     return jax.tree.map(lambda *found: sum(found) / len(found), *groups)
 
 
+@pytest.mark.exhaustive(but=["layer-wise-2", "GR-1"])
 @pytest.mark.parametrize("parallel", [1, 2, 4])
 @pytest.mark.parametrize("form", FORMS)
 def test_m_sharpness_is_the_mean_over_groups(form, parallel, x64):

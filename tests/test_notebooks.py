@@ -10,6 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.exhaustive(but=["quickstart"])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # The Jupyter client's own: it still asks asyncio for its event loop policy.
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata as metadata
 import inspect
+import pydoc
 import re
 import subprocess
 import sys
@@ -19,83 +20,64 @@ import gnp_optax.plots
 
 PACKAGE = Path(gnp.__file__).parent
 
-# Each module imports only from those before it.
-LAYERS = [
-    "_numerics",
-    "_moments",
-    "_paths",
-    "_checks",
-    "_loss",
-    "_pieces",
-    "batching",
-    "_selection",
-    "schedules",
-    "directions",
-    "_parts",
-    "_mixing",
-    "_perturbation",
-    "_report",
-    "_jaxprs",
-    "_opening",
-    "_prefix",
-    "_functional",
-    "_flops",
-    "_masks",
-    "_ranking",
-    "masks",
-    "_transformation",
-    "_presets",
-    "__init__",
-    "linen",
-    "nnx",
-    "_plotted",
-    "_curves",
-    "_spectra",
-    "_landscapes",
-    "_layer_map",
-    "plots",
-    "_layout",
-    "_progress",
-    "_dataset",
-    "_operands",
-    "_layer_norms",
-    "_embedding",
-    "_lanczos",
-    "_hessian",
-    "_spectrum",
-    "_steps",
-    "_sharpness",
-    "_worst_case",
-    "_grid",
-    "_landscape",
-    "diagnostics",
+# Each room imports only from itself and from those on the floors below it.
+FLOORS = [
+    {"_core"},
+    {"directions", "schedules", "batching", "plots", "_prefix", "linen"},
+    {"_functional"},
+    {"_transformation", "nnx", "masks"},
+    {"_presets", "diagnostics"},
+    {"__init__"},
+    {"experiments"},
+]
+# The same within the experiments.
+EXPERIMENTS_FLOORS = [
+    {"methods"},
+    {"config"},
+    {"data", "recipes"},
+    {"models"},
+    {"training"},
+    {"report"},
+    {"measure", "compare"},
+    {"__main__"},
 ]
 
 
-def imports_of_ours(path):
+def rooms(package):
+    """The Python files of every module or folder of a package."""
+    found = {path.stem: [path] for path in package.glob("*.py")}
+    folders = [path.parent for path in package.glob("*/__init__.py")]
+    return found | {folder.name: list(folder.rglob("*.py")) for folder in folders}
+
+
+def imported_rooms(path, package):
+    """The rooms of a package, given by its dotted name, that a file imports from."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "gnp_optax":
+        if isinstance(node, ast.ImportFrom) and node.module == package:
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gnp_optax."):
-            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            yield node.module.removeprefix(f"{package}.").split(".")[0]
 
 
-def test_modules_import_only_from_those_below_them():
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == set(LAYERS)
-    for module in modules:
-        for imported in set(imports_of_ours(PACKAGE / f"{module}.py")) & modules:
-            assert LAYERS.index(imported) < LAYERS.index(module), f"{module} imports {imported}"
+@pytest.mark.parametrize(
+    ("package", "floors"),
+    [("gnp_optax", FLOORS), ("gnp_optax.experiments", EXPERIMENTS_FLOORS)],
+)
+def test_rooms_import_only_from_the_floors_below_them(package, floors):
+    found = rooms(PACKAGE.parent.joinpath(*package.split(".")))
+    floor = {name: i for i, names in enumerate(floors) for name in names}
+    assert set(floor) == set(found) - ({"__init__"} - set(floor))
+    for room, paths in found.items():
+        for imported in {x for path in paths for x in imported_rooms(path, package)} & set(floor):
+            is_below = imported == room or floor[imported] < floor.get(room, 0)
+            # Only a checker of types sees what comes when it is asked for.
+            if not (room == "__init__" and imported in gnp._EXTRAS):
+                assert is_below, f"{room} imports {imported}"
 
 
 def test_no_private_names_of_the_libraries():
     for path in PACKAGE.rglob("*.py"):
         assert not re.search(r"\b(jax|optax|flax)\.\S*\b_src\b", path.read_text()), path
-
-
-def test_library_files_stay_short():
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 250, path
 
 
 def closure_of_requirements(names):
@@ -298,3 +280,39 @@ def test_all_lists_what_is_public():
     public_diagnostics = {name.partition(".")[2] for name in PUBLIC if "diagnostics." in name}
     results = {name for name in gnp.diagnostics.__all__ if name[0].isupper()}
     assert public_diagnostics | results == set(gnp.diagnostics.__all__)
+
+
+def test_public_modules_offer_what_is_public_alone():
+    for module in (gnp, *map(public, ["batching", "directions", "masks", "schedules"]), gnp.linen):
+        offered = {name for name in dir(module) if not name.startswith("_")}
+        extras = set(gnp._EXTRAS) if module is gnp else set()
+        assert offered == set(module.__all__) | extras, module.__name__
+    for name in ("nnx", "plots", "diagnostics"):
+        assert set(getattr(gnp, name).__all__) <= set(dir(getattr(gnp, name)))
+
+
+def test_help_begins_with_the_package_and_its_modules():
+    text = pydoc.plain(pydoc.render_doc(gnp))
+    beginning = text[: text.index("PACKAGE CONTENTS")]
+    assert gnp.__doc__.splitlines()[0] in beginning
+    for name in [*gnp._EXTRAS, "batching", "directions", "masks", "schedules", "experiments"]:
+        assert re.search(rf"\b{name}\b", beginning), name
+
+
+@pytest.mark.exhaustive
+def test_a_type_checker_sees_modules_and_misspelt_options(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import gnp_optax as gnp\n"
+        "reveal_type(gnp.diagnostics)\n"
+        "reveal_type(gnp.plots)\n"
+        "reveal_type(gnp.linen)\n"
+        "reveal_type(gnp.nnx)\n"
+        'gnp.sam(0.1, scope="mask")\n'
+        'gnp.value_and_grad(abs, 0.1, 1.0, curvature="exakt")\n'
+    )
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout.count("types.ModuleType") == 4, done.stdout
+    assert 'Argument "scope" to "sam" has incompatible type' in done.stdout
+    assert 'Argument "curvature" to "value_and_grad" has incompatible type' in done.stdout

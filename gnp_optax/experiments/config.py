@@ -15,40 +15,33 @@ Dataset = Literal["digits", "cifar10", "text"]
 Model = Literal["vit", "resnet", "wide-resnet", "gpt"]
 
 _CONNECTION = ("coordinator", "processes", "process_id")
-# What is no part of a run: where the results go, how many runs there are, how they are kept.
-_AROUND = (
-    *("recipe", "data_dir", "methods", "seeds", "out", "distributed"),
-    *("checkpoint_minutes", "keep_parameters"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Train a model once per method and seed, and compare.
-
-    Prints a table, and writes it, figures and every metric of every epoch under --out. A run that
-    has finished is never repeated, and one that was interrupted goes on from its last checkpoint:
-    start the same command again.
-
-    Three more commands measure: `python -m gnp_optax.experiments cost`, what each method costs, in
-    FLOPs, time and memory, on larger models; `python -m gnp_optax.experiments precision`, what low
-    precision does to the perturbation; `python -m gnp_optax.experiments throughput`, how much
-    slower a comparison trains than a bare loop. Add --help for their options.
-    """
+class RunOptions:
+    """Which runs, and where they go."""
 
     recipe: str | None = None
     """A named setting, such as vit-ti or resnet20, of all options below; those given beside it
     change it. Add --help to see it. Without one: that of the name of the data set."""
-    dataset: Dataset = "digits"
-    """scikit-learn's 8x8 digits (offline), CIFAR-10, or the characters of a text."""
-    data_dir: Path | None = None
-    """Folder with CIFAR-10 as Parquet files (without it: uoft-cs/cifar10 from the Hugging Face
-    hub), or with the text as *.txt files."""
     methods: tuple[Method, ...] = STANDARD
     """Methods to compare. Times are relative to plain. layerwise penalizes --layers layers within
     --budget, layerwise-4 any 4, layerwise-budget as many as fit in --budget."""
     seeds: int = 3
     """Runs per method; a seed sets initialisation, order of examples, augmentation, dropout."""
+    out: Path | None = None
+    """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
+    checkpoint_minutes: float = 5.0
+    """How often an unfinished run is saved, at the end of an epoch, so that it can go on. (Not with
+    several processes: these begin an unfinished run anew.)"""
+    keep_parameters: bool = False
+    """Write the parameters of every finished run to METHOD-SEED-parameters.msgpack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """What they run on."""
+
     distributed: bool = False
     """Train on all devices, of this process and of all that are started with it. On a cluster whose
     launcher JAX knows (Slurm, Cloud TPU, ...), and with one process, the three options below are
@@ -59,20 +52,56 @@ class Config:
     """Number of processes."""
     process_id: int | None = None
     """Number of this process, from 0."""
-    out: Path | None = None
-    """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
-    checkpoint_minutes: float = 5.0
-    """How often an unfinished run is saved, at the end of an epoch, so that it can go on. (Not with
-    several processes: these begin an unfinished run anew.)"""
 
-    keep_parameters: bool = False
-    """Write the parameters of every finished run to METHOD-SEED-parameters.msgpack."""
 
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What is learned."""
+
+    dataset: Dataset = "digits"
+    """scikit-learn's 8x8 digits (offline), CIFAR-10, or the characters of a text."""
+    data_dir: Path | None = None
+    """Folder with CIFAR-10 as Parquet files (without it: uoft-cs/cifar10 from the Hugging Face
+    hub), or with the text as *.txt files."""
     classes: tuple[int, ...] | None = None
     """Use only the examples of these classes."""
+    train_examples: int | None = None
+    """Use only the first so many training examples."""
+    length: int = 128
+    """Characters of a training example, of a text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What learns."""
+
+    model: Model = "vit"
+    """Vision Transformer; ResNet and WideResNet of 32x32 images; GPT, for text."""
+    patch_size: int = 2
+    """Side of a patch in pixels, of a Vision Transformer."""
+    width: int = 32
+    """Width of a transformer, or of a ResNet's first stage."""
+    depth: int = 2
+    """Blocks of a transformer, or of each stage of a ResNet."""
+    heads: int = 2
+    """Attention heads."""
+    dropout: float = 0.0
+    """Dropout rate of a transformer: of residual branches, attention weights and embeddings."""
+    class_token: bool = False
+    """Classify by an extra token, as the first Vision Transformer did, not by the tokens' mean."""
+    head: Literal["zero", "normal"] = "zero"
+    """How the head of a Vision Transformer starts. While it is zero, so are all other gradients."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the layers compute in; parameters and optimizer state are float32."""
     pretrained: Path | None = None
     """Fine-tune an image model: start from a file that --keep-parameters has written, all but the
     head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How it learns."""
+
     epochs: int = 30
     """Passes over the training set."""
     warmup_epochs: int = 6
@@ -80,8 +109,6 @@ class Config:
     is given alone, this keeps its share of it."""
     batch_size: int = 32
     """Examples per step."""
-    train_examples: int | None = None
-    """Use only the first so many training examples."""
     test_every: int = 1
     """Epochs from one test to the next; after the last epoch there always is one."""
     optimizer: Literal["adamw", "rmsprop", "sgd"] = "adamw"
@@ -94,6 +121,11 @@ class Config:
     """Weight decay: decoupled, for SGD coupled."""
     clip_norm: float = 5.0
     """Largest norm of the gradient that the optimizer sees."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizationOptions:
+    """What is compared with plain training."""
 
     r: float = 0.1
     """Radius of the perturbation (the r of GR, the rho of SAM), and of the reported sharpness."""
@@ -109,29 +141,15 @@ class Config:
     selections: int = 8
     """Largest number of selections in a run of layer-wise GR, since each is compiled. When it is
     reached, a selection that is new is not taken, and the one before stays."""
-
-    model: Model = "vit"
-    """Vision Transformer; ResNet and WideResNet of 32x32 images; GPT, for text."""
-    patch_size: int = 2
-    """Side of a patch in pixels, of a Vision Transformer."""
-    length: int = 128
-    """Characters of a training example, of a text."""
-    width: int = 32
-    """Width of a transformer, or of a ResNet's first stage."""
-    depth: int = 2
-    """Blocks of a transformer, or of each stage of a ResNet."""
-    heads: int = 2
-    """Attention heads."""
-    dropout: float = 0.0
-    """Dropout rate of a transformer: of residual branches, attention weights and embeddings."""
-    class_token: bool = False
-    """Classify by an extra token, as the first Vision Transformer did, not by the tokens' mean."""
-    head: Literal["zero", "normal"] = "zero"
-    """How the head of a Vision Transformer starts. While it is zero, so are all other gradients."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the layers compute in; parameters and optimizer state are float32."""
     probe_examples: int = 256
     """Training examples that measure gradient norm and sharpness and select layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(
+    RegularizationOptions, TrainingOptions, ModelOptions, DataOptions, DeviceOptions, RunOptions
+):
+    """The options of a comparison; on the command line, each class is a group of them."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -166,9 +184,12 @@ class Config:
     @property
     def options(self) -> dict[str, Any]:
         """What determines a run: neither where the results go nor how many runs there are."""
-        options = dataclasses.asdict(self)
-        for name in (*_AROUND, *_CONNECTION):
-            del options[name]
+        options = {
+            field.name: getattr(self, field.name)
+            for group in (DataOptions, ModelOptions, TrainingOptions, RegularizationOptions)
+            for field in dataclasses.fields(group)
+            if field.name != "data_dir"
+        }
         # Files by what they hold: another text in the same folder is another run.
         options["pretrained"] = self.pretrained and _digest([self.pretrained])
         if self.dataset == "text" and self.data_dir is not None:

@@ -1,0 +1,164 @@
+"""What a mask selects, and how it divides the parameters."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gnp_optax._core import checks, numerics, paths
+
+PyTree = Any
+Arrays = list[Any]
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+MASK_AS_SCHEDULE = (
+    "The mask was taken for a schedule and called with a step count: optax.inject_hyperparams does "
+    "so with every callable. Name the mask static: optax.inject_hyperparams("
+    "gnp.gradient_regularization, static_args=('mask',))(...)."
+)
+
+
+def check_mask(mask: Mask) -> None:
+    """Raise for a mask that is wrong whatever the parameters are."""
+    if isinstance(mask, (bool, np.bool_)):
+        raise ValueError(
+            f"mask={mask} says the same of every leaf. To perturb all of them write mask=None. If "
+            f"you passed a callable: {MASK_AS_SCHEDULE}"
+        )
+    if not _is_callable(mask):
+        _check_bools(mask)
+
+
+def selected_leaves(mask: Mask, params: PyTree) -> list[bool | np.ndarray]:
+    """Return, for every leaf of `params`, whether it is perturbed, or which of its layers are.
+
+    Chosen in Python, never traced: an unselected leaf then stays the very same array, and only
+    leaves that can be differentiated are selected.
+    """
+    _check_params(params)
+    leaves, treedef = jax.tree.flatten(params)
+    differentiable = [numerics.is_inexact(leaf) for leaf in leaves]
+    selected: list[bool | np.ndarray]
+    if mask is None:
+        selected = list(differentiable)
+    else:
+        prefix = mask(params) if _is_callable(mask) else mask
+        _check_bools(prefix)
+        try:
+            full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), prefix, params)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"The mask is no prefix of the parameters. Mask: {jax.tree.structure(prefix)}. "
+                f"Parameters: {treedef}. A callable mask such as gnp.masks.by_path('...') works "
+                f"for every structure."
+            ) from error
+        flags = [_of_leaf(m, w) for m, w in zip(jax.tree.leaves(full), leaves, strict=True)]
+        selected = [m if d else False for m, d in zip(flags, differentiable, strict=True)]
+    if not any(differentiable):
+        raise ValueError("None of the parameters is floating point or complex.")
+    if not any(np.any(s) for s in selected):
+        raise ValueError(
+            f"The mask {mask!r} selects none of the parameters. Their paths are "
+            f"{checks.listed(paths.leaf_paths(params))}."
+        )
+    return selected
+
+
+def _check_params(params: PyTree) -> None:
+    """Raise if a wrapper has taken leaves out of the parameters."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) for node in nodes):
+        raise ValueError(
+            "Some parameters are missing (optax.MaskedNode): optax.masked, optax.partition or "
+            "optax.multi_transform is wrapped around the gradient regularization, which has to "
+            "evaluate the loss on all parameters. To regularize some layers only, write "
+            "gnp.gradient_regularization(r, alpha, mask=...); to treat layers differently after "
+            "it, optax.chain(gnp.gradient_regularization(r, alpha), optax.partition(...))."
+        )
+
+
+def _is_callable(mask: Mask) -> bool:
+    # Optax's rule: an `eqx.Module` of bools is a pytree, though it may be callable itself.
+    leaves = jax.tree.leaves(mask)
+    return len(leaves) > 0 and all(callable(leaf) for leaf in leaves)
+
+
+def _of_leaf(flag: Any, leaf: Any) -> bool | np.ndarray:
+    """Return the selection of one leaf: a bool, or one for each of the layers that it stacks."""
+    if np.ndim(flag) == 1 and np.shape(leaf)[:1] != np.shape(flag):
+        raise ValueError(
+            f"The mask selects among {len(flag)} stacked layers, but a leaf under it has the shape "
+            f"{np.shape(leaf)}. The layers must be stacked along the first axis."
+        )
+    return bool(np.all(flag)) if np.all(flag) or not np.any(flag) else np.asarray(flag)
+
+
+def _check_bools(prefix: PyTree) -> None:
+    for leaf in jax.tree.leaves(prefix):
+        is_bools = isinstance(leaf, np.ndarray) and leaf.dtype == bool and leaf.ndim <= 1
+        if not isinstance(leaf, (bool, np.bool_)) and not is_bools:
+            kind = "is traced" if isinstance(leaf, jax.core.Tracer) else f"has the leaf {leaf!r}"
+            raise TypeError(
+                f"A mask must be made of Python bools, but this one {kind}. Which leaves are "
+                f"perturbed has to be known when the step is compiled: pass the mask as a static "
+                f"argument (gnp.masks makes hashable ones) or close over it. Of a leaf that stacks "
+                f"layers along its first axis, a NumPy array of bools selects some."
+            )
+
+
+class Parts:
+    """How a mask divides the leaves of the parameters.
+
+    A leaf that stacks layers along its first axis, some of them selected, is divided into runs of
+    layers. So every array of `divide` is perturbed as a whole or not at all.
+    """
+
+    def __init__(self, mask: Mask, params: PyTree) -> None:
+        self._treedef: Any = jax.tree.structure(params)
+        selected = selected_leaves(mask, params)
+        self._runs = [_runs(s) for s in selected]
+
+    def divide(self, tree: PyTree) -> tuple[Arrays, Arrays]:
+        """Return the perturbed and the unperturbed arrays of a tree like the parameters."""
+        try:
+            leaves = self._treedef.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(
+                f"The gradient has another structure than the parameters. Gradient: "
+                f"{jax.tree.structure(tree)}. Parameters: {self._treedef}."
+            ) from error
+        parts: tuple[Arrays, Arrays] = ([], [])
+        for leaf, runs in zip(leaves, self._runs, strict=True):
+            for selected, layers in runs:
+                # Chosen in Python: an unselected leaf must stay the same array, for what is
+                # computed from it alone to be shared between the two passes.
+                parts[not selected].append(leaf if layers is None else leaf[layers])
+        return parts
+
+    @numerics.promoting
+    def unite(self, perturbed: Arrays, unperturbed: Arrays) -> PyTree:
+        """Undo `divide`."""
+        sources = iter(unperturbed), iter(perturbed)
+        leaves = []
+        for runs in self._runs:
+            pieces = [next(sources[selected]) for selected, _ in runs]
+            leaves.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def each_selected(self, of_leaves: Arrays) -> Arrays:
+        """Return, for each perturbed array of `divide`, what is given for its leaf."""
+        pairs = zip(of_leaves, self._runs, strict=True)
+        return [x for x, runs in pairs for selected, _ in runs if selected]
+
+
+def _runs(selected: bool | np.ndarray) -> list[tuple[bool, slice | None]]:
+    """Return the runs of equal entries of a selection of layers, as (selected, which layers)."""
+    if isinstance(selected, bool):
+        return [(selected, None)]
+    changes = np.flatnonzero(np.diff(selected)) + 1
+    bounds = [0, *changes.tolist(), len(selected)]
+    return [(bool(selected[a]), slice(a, b)) for a, b in itertools.pairwise(bounds)]

@@ -1,0 +1,146 @@
+"""The comparison: train every method with every seed, and report."""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import tqdm
+import tyro
+
+from gnp_optax.experiments import config as groups
+from gnp_optax.experiments.config import Config, option
+from gnp_optax.experiments.data.loading import load
+from gnp_optax.experiments.recipes import RECIPES, named, of_epochs
+from gnp_optax.experiments.report import figures, table
+from gnp_optax.experiments.training import devices
+from gnp_optax.experiments.training.checkpoints import Checkpoint
+from gnp_optax.experiments.training.records import Records, Run
+from gnp_optax.experiments.training.trainer import Trainer
+
+DESCRIPTION = f"""Train a model once per method and seed, and compare.
+
+Prints a table, and writes it, figures and every metric of every epoch under --out. A run that has
+finished is never repeated, and one that was interrupted goes on from its last checkpoint: start the
+same command again.
+
+Recipes: {", ".join(RECIPES)}. With --recipe and --help, the defaults shown are those of the recipe.
+
+Commands: compare, which is this one and needs no name; cost, precision and throughput, each with a
+--help of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    runs: groups.RunOptions
+    data: groups.DataOptions
+    model: groups.ModelOptions
+    training: groups.TrainingOptions
+    regularization: groups.RegularizationOptions
+    devices: groups.DeviceOptions
+
+
+def run(args: Sequence[str]) -> None:
+    """Read the options, compare, and print the table."""
+    start = time.perf_counter()
+    config = parse(args)
+    devices.connect(config)
+    print(compare(config), end="")
+    if devices.is_first():
+        minutes = (time.perf_counter() - start) / 60
+        print(
+            f"\nWrote table.md, figures and runs.jsonl to {config.folder} ({minutes:.1f} minutes)."
+        )
+
+
+def parse(args: Sequence[str]) -> Config:
+    """Read the options; the recipe, or else the data set, decides the defaults of the others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("recipe", "dataset", "epochs"):
+        parser.add_argument(option(name))
+    given = parser.parse_known_args(args)[0]
+    name = given.recipe or (given.dataset if given.dataset in RECIPES else "digits")
+    default = named(name)
+    if (given.epochs or "").isdigit() and int(given.epochs) > 0:
+        default = of_epochs(default, int(given.epochs))
+    config = _from_command_line(args, default)
+    if name.endswith("finetuning") and config.pretrained is None:
+        raise ValueError(
+            f"--recipe {name} needs --pretrained, a file that --recipe "
+            f"{name.replace('finetuning', 'pretraining')} writes to its folder."
+        )
+    return config
+
+
+def _from_command_line(args: Sequence[str], default: Config) -> Config:
+    parts: dict[str, Any] = {}
+    for field in dataclasses.fields(_Groups):
+        group: Any = field.type
+        parts[field.name] = group(
+            **{f.name: getattr(default, f.name) for f in dataclasses.fields(group)}
+        )
+    found = tyro.cli(
+        tyro.conf.OmitArgPrefixes[_Groups],
+        prog="python -m gnp_optax.experiments",
+        description=DESCRIPTION,
+        args=args,
+        default=_Groups(**parts),
+    )
+    return Config(**{k: v for field in parts for k, v in vars(getattr(found, field)).items()})
+
+
+def compare(config: Config) -> str:
+    """Do all runs that are not done yet, write the results, and return the table.
+
+    Of several processes, all train and the first one writes; the others return nothing.
+    """
+    records = Records(config) if devices.is_first() else None
+    # Seeds outermost: what slows the machine down for a while then slows all methods alike.
+    wanted = [(method, seed) for seed in range(config.seeds) for method in config.methods]
+    done = [run in records.runs for run in wanted] if records else None
+    if config.distributed:
+        done = devices.agreed(done, len(wanted))
+    missing = [run for run, is_done in zip(wanted, done or [], strict=True) if not is_done]
+    if records and len(missing) < len(wanted):
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are in {records.path} already.")
+        if config.keep_parameters:
+            print("Of these, --keep-parameters keeps nothing: for that they would be done again.")
+    if missing:
+        _train(config, missing, records)
+    return "" if records is None else _reported(config, {run: records.runs[run] for run in wanted})
+
+
+def _train(config: Config, missing: list[Run], records: Records | None) -> None:
+    part = jax.process_index(), jax.process_count()
+    trainer = Trainer(config, load(config, part))
+    total = len(missing) * config.epochs
+    with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
+        for method, seed in missing:
+            bar.set_description(f"{method}, seed {seed}")
+            # Of several processes, not all may see the folder.
+            alone = jax.process_count() == 1
+            checkpoint = Checkpoint(config, (method, seed)) if alone else None
+            epochs = []
+            for metrics in trainer.run(method, seed, checkpoint):
+                epochs.append(metrics)
+                bar.set_postfix_str(f"test error {metrics['test_error']:.1f} %", refresh=False)
+                bar.update()
+            if records:
+                records.append((method, seed), epochs)
+            if checkpoint:
+                checkpoint.remove()
+
+
+def _reported(config: Config, runs: table.Runs) -> str:
+    """Write the table and the figures, and return the table."""
+    if note := table.selections(runs):
+        print(note)
+    text = table.table(runs)
+    (config.folder / "table.md").write_text(text)
+    band = f"{config.seeds} seeds (band: smallest to largest)" if config.seeds > 1 else "1 seed"
+    names = {"vit": "ViT", "resnet": "ResNet", "wide-resnet": "WideResNet", "gpt": "GPT"}
+    title = f"{names[config.model]} on {config.dataset}, {band}"
+    figures.draw(runs, title, config.warmup_epochs, config.folder)
+    return text

@@ -1,0 +1,1 @@
+"""Data sets, and which of their examples a run has."""

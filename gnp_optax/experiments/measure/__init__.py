@@ -1,0 +1,1 @@
+"""Measurements beside the comparison: costs, precision, throughput."""

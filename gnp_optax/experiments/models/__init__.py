@@ -1,0 +1,6 @@
+"""Models: transformers, ResNets, and the network that is trained.
+
+All of them are called alike: `model(x, train, start=..., stop=...)`. With `start`, x is what block
+`start` receives, and what precedes it is left out; with `stop`, what block `stop` would receive is
+returned. Block `depth` is everything after the last block.
+"""

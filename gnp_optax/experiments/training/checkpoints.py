@@ -1,0 +1,103 @@
+"""Runs on disk: an unfinished one, so that it can go on, and what a finished one has learned."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+
+from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.training.records import Metrics, Run, replace
+
+State = Any
+
+
+class Checkpoint:
+    """The file of one run: options, metrics of the epochs done, and the state after them."""
+
+    def __init__(self, config: Config, run: Run) -> None:
+        self.path: Path = config.folder / f"{run[0]}-{run[1]}.msgpack"
+        self._options = json.dumps(config.options, sort_keys=True)
+        self._seconds = 60 * config.checkpoint_minutes
+        self._saved = time.monotonic()
+
+    def keep(self, state: State, done: list[Metrics]) -> None:
+        """Save, if it is time to."""
+        if time.monotonic() - self._saved >= self._seconds:
+            self.save(state, done)
+            self._saved = time.monotonic()
+
+    def save(self, state: State, done: list[Metrics]) -> None:
+        """Replace what was saved before."""
+        key = jax.random.key_data(state.key)
+        content = {
+            "options": self._options,
+            "epochs": json.dumps(done),
+            "state": flax.serialization.to_state_dict(state._replace(key=key)),
+        }
+        _write(self.path, content)
+
+    def load(self, fresh: State) -> tuple[State, list[Metrics]]:
+        """Return what was saved, or the fresh state and no epochs if nothing was."""
+        if not self.path.exists():
+            return fresh, []
+        content = _read(self.path)
+        if content.get("options") != self._options:
+            raise ValueError(
+                f"{self.path} was made with other options. Choose another folder with --out, or "
+                f"remove it."
+            )
+        raw = fresh._replace(key=jax.random.key_data(fresh.key))
+        restored = _placed(flax.serialization.from_state_dict(raw, content["state"]), raw)
+        state = restored._replace(key=jax.random.wrap_key_data(restored.key))
+        return state, json.loads(content["epochs"])
+
+    def remove(self) -> None:
+        """Remove the file: the run has finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def keep_parameters(config: Config, run: Run, state: State) -> None:
+    """Write what a run has learned to a file of its own."""
+    content = {"params": state.params, "statistics": state.statistics}
+    path = config.folder / f"{run[0]}-{run[1]}-parameters.msgpack"
+    _write(path, flax.serialization.to_state_dict(content))
+
+
+def pretrained(path: Path, fresh: State) -> State:
+    """Return a fresh state with the parameters of a file, all but those of the head.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its parameters are those of another model.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"--pretrained: there is no file {path}.")
+    content = _read(path)
+    if "params" not in content:
+        raise ValueError(f"--pretrained: {path} was not written by --keep-parameters.")
+    learned, new = ({**x, "head": None} for x in (content["params"], fresh.params))
+    shapes = [jax.tree.map(jax.numpy.shape, x) for x in (learned, new)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{path} holds the parameters of another model.")
+    params = {**content["params"], "head": fresh.params["head"]}
+    given = fresh._replace(params=params, statistics=content["statistics"])
+    return _placed(given, fresh)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = flax.serialization.msgpack_restore(path.read_bytes())
+    except Exception as error:  # msgpack raises errors of many kinds
+        raise ValueError(f"{path} is damaged. Remove it to begin anew.") from error
+    return content
+
+
+def _write(path: Path, content: Any) -> None:
+    replace(path, flax.serialization.msgpack_serialize(jax.device_get(content)))
+
+
+def _placed(state: State, like: State) -> State:
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), state, like)

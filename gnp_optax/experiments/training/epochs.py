@@ -1,0 +1,128 @@
+"""One epoch of training, on the devices from its first step to its last."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.data.datasets import Split
+from gnp_optax.experiments.training.evaluation import early_statistics, rounded
+from gnp_optax.experiments.training.steps import State, Steps
+
+# So many steps of an epoch have their statistics recorded.
+_SAMPLES = 16
+
+
+class Kind(NamedTuple):
+    """What a step is compiled for: a mask, a weight (`None`: it changes from step to step).
+
+    With `is_split` the regularizer is kept out of the optimizer's second moments.
+    """
+
+    mask: Any
+    alpha: float | None
+    is_split: bool
+
+
+class Epochs:
+    """The compiled steps of one configuration.
+
+    The training set, of shape (device, example, ...), stays on the devices. On an accelerator an
+    epoch is one program. On a CPU it is one call a step: inside a loop or a branch, XLA compiles
+    convolutions and small products of matrices so that they run 3 to 15 times slower. For the same
+    reason a weight that stays the same is a constant of the program.
+    """
+
+    def __init__(
+        self, steps: Steps, config: Config, train: Split, steps_per_epoch: int, replicated: Any
+    ) -> None:
+        self.is_scanned = jax.default_backend() != "cpu"
+        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self._steps, self._config, self._train = steps, config, train
+        self._steps_per_epoch = steps_per_epoch
+        self._replicated = replicated
+        self._stride = -(-steps_per_epoch // _SAMPLES)
+        self._shuffle = jax.jit(self._batches)
+
+    def train(
+        self, state: State, scheduled: np.ndarray, mask: Any, is_split: bool
+    ) -> tuple[State, float, dict[str, list[float]], float]:
+        """Return the next state, mean loss, early statistics, and the seconds that it took.
+
+        `scheduled` has the radius and the weight of every step.
+        """
+        batches, key = self._shuffle(state.key)
+        weights = set(scheduled[:, 1].tolist())
+        kind = Kind(mask, weights.pop() if len(weights) == 1 else None, is_split)
+        given = jax.device_put(scheduled, self._replicated)
+        inputs = (state._replace(key=key), self._train, batches, given)
+        run = self._compile(inputs, kind)
+        jax.block_until_ready(inputs)
+        start = time.perf_counter()
+        if self.is_scanned:
+            state, measured = run(*inputs)
+            losses, early = jax.block_until_ready(measured)
+        else:
+            state, found = inputs[0], []
+            for _ in range(self._steps_per_epoch):
+                state, measured = run(state, *inputs[1:])
+                found.append(measured)
+            jax.block_until_ready((state, found))
+            losses, early = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))
+        seconds = time.perf_counter() - start
+        sampled = {name: rounded(np.asarray(x)[:: self._stride]) for name, x in early.items()}
+        return state, float(np.mean(np.asarray(losses))), sampled, seconds
+
+    def _batches(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return which examples are in the batches, (step, device, example), and the next key."""
+        shuffle_key, key = jax.random.split(key)
+        devices, each = self._train.labels.shape[:2]
+        # One device draws from the key itself: the same order as ever.
+        keys = shuffle_key[None] if devices == 1 else jax.random.split(shuffle_key, devices)
+        order = jax.vmap(lambda key: jax.random.permutation(key, each))(keys)
+        batches = order[:, : self._steps_per_epoch * self._config.batch_size // devices]
+        return batches.reshape(devices, self._steps_per_epoch, -1).swapaxes(0, 1), key
+
+    def _compile(self, inputs: tuple[Any, ...], kind: Kind) -> Callable[..., Any]:
+        """Compile before the clock runs."""
+        if kind not in self.compiled:
+            update = self._steps.split if kind.is_split else self._steps.regularized
+
+            def step(
+                state: State, train: Split, batches: jax.Array, scheduled: jax.Array
+            ) -> tuple[State, Any]:
+                i = state.step % self._steps_per_epoch
+                keys = jax.random.split(jax.random.fold_in(state.key, state.step))
+                # Each device takes its own examples out of its own part.
+                chosen = Split(*(joined(jax.vmap(lambda x, i: x[i])(x, batches[i])) for x in train))
+                images = self._steps.network.data.augment(keys[0], chosen.images)
+                r, alpha = scheduled[i]
+                alpha = alpha if kind.alpha is None else kind.alpha
+                batch = chosen._replace(images=images)
+                loss, grads, state = update(state, batch, keys[1], r, alpha, kind.mask)
+                is_sampled = i % self._stride == 0
+                optimizer = self._config.optimizer
+                early = early_statistics(optimizer, is_sampled, grads, state.opt_state)
+                return state, (loss, early)
+
+            def epoch(state: State, *inputs: Any) -> tuple[State, Any]:
+                return jax.lax.scan(
+                    lambda state, _: step(state, *inputs), state, length=self._steps_per_epoch
+                )
+
+            program = jax.jit(epoch if self.is_scanned else step, out_shardings=self._replicated)
+            if self.is_scanned:
+                self.compiled[kind] = program.lower(*inputs).compile()
+            else:
+                # A call of the jitted function takes less time than one of what is compiled ahead.
+                jax.block_until_ready(program(*inputs))
+                self.compiled[kind] = program
+        return self.compiled[kind]
+
+
+def joined(x: jax.Array) -> jax.Array:
+    """Make one axis of examples out of those of devices and examples."""
+    return x.reshape(-1, *x.shape[2:])

@@ -1,0 +1,254 @@
+"""The kinds of masks: hashable, and equal by value."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gnp_optax._core import checks, numerics, paths, selection
+
+PyTree = Any
+
+
+def by_path(regex: str) -> Callable[[PyTree], PyTree]:
+    r"""Select the leaves whose path matches a regular expression.
+
+    A leaf's path is its keys joined by `/`, such as `encoder/block_3/attention/kernel`. It is the
+    same for linen, NNX, Equinox and plain pytrees: an index below a name is written as linen names
+    the items of a list, `blocks_0/kernel`. As in `re.search`, a match anywhere in the path counts;
+    anchor with `^` and `$`.
+
+    Args:
+        regex: Regular expression, in the syntax of `re`.
+
+    Returns:
+        A mask: hashable, equal to every other `by_path` of the same expression.
+
+    Raises:
+        ValueError: If `regex` is no regular expression; and later, where the mask is used, if it
+            matches no leaf.
+
+    Example:
+        >>> params = {"body": [{"w": 1.0}, {"w": 2.0}], "head": {"w": 3.0, "b": 4.0}}
+        >>> by_path(r"^head/|_1/")(params)
+        {'body': [{'w': False}, {'w': True}], 'head': {'b': True, 'w': True}}
+    """
+    return ByPath(regex)
+
+
+def layers(*paths: str) -> Callable[[PyTree], PyTree]:
+    """Select whole layers by name: what `top_k_layers` returns, for a selection known beforehand.
+
+    A layer is a module's own parameters: the leaves that share a path up to the last `/`.
+
+    Args:
+        *paths: Paths of modules, such as `"blocks_3/mlp"`; `""` is the outermost module.
+
+    Returns:
+        A mask: hashable, equal to every other `layers` of the same paths in whatever order, and
+        printed as it is written.
+
+    Raises:
+        ValueError: Where the mask is used, if the parameters lack one of the layers.
+
+    Example:
+        >>> layers("head")({"body": {"w": 1.0}, "head": {"w": 2.0, "b": 3.0}})
+        {'body': {'w': False}, 'head': {'b': True, 'w': True}}
+    """
+    return Layers(tuple(sorted(set(paths))))
+
+
+def matrices() -> Callable[[PyTree], PyTree]:
+    """Select the leaves with two or more dimensions: kernels and embeddings, not biases or scales.
+
+    Returns:
+        A mask: hashable, equal to every other `matrices()`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matrices()({"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)})
+        {'bias': False, 'kernel': True}
+    """
+    return Matrices()
+
+
+def stacked(regex: str, *, last: int) -> Callable[[PyTree], PyTree]:
+    """Select the last layers of leaves that stack layers along their first axis, for `lax.scan`.
+
+    With prefix sharing the loop is cut: the first layers are computed once. That needs one forward
+    `lax.scan` over the stacks as they are, or cast to another type.
+
+    Args:
+        regex: The leaves whose path matches, as in `by_path`.
+        last: How many of the layers.
+
+    Returns:
+        A mask: hashable, equal to every other `stacked` of the same arguments.
+
+    Raises:
+        ValueError: If `regex` is no regular expression or `last` less than 1; where the mask is
+            used, if a matching leaf does not have as many layers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"blocks": jnp.zeros((3, 4, 4)), "head": jnp.zeros((4, 2))}
+        >>> mask = stacked("blocks", last=2) | by_path("head")
+        >>> mask(params)
+        {'blocks': array([False,  True,  True]), 'head': True}
+    """
+    checks.check_integer("last", last, at_least=1)
+    return Stacked(regex, int(last))
+
+
+class Mask:
+    """A callable from the parameters to a pytree of bools."""
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected, or which of the layers that it stacks."""
+        raise NotImplementedError
+
+    def __or__(self, other: Any) -> "Union":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        # Flat, so that a selection is the same mask in whatever order it was put together.
+        return Union(self._alternatives() | other._alternatives())
+
+    def _alternatives(self) -> "frozenset[Mask]":
+        return self.masks if isinstance(self, Union) else frozenset({self})
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Union(Mask):
+    """What any of some masks selects."""
+
+    masks: frozenset[Mask]
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        return functools.reduce(
+            lambda a, b: jax.tree.map(_either, a, b), [mask(params) for mask in self.masks]
+        )
+
+    def __repr__(self) -> str:
+        return " | ".join(sorted(map(repr, self.masks)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ByPath(Mask):
+    """Leaves whose path matches."""
+
+    regex: str
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_regex("by_path", self.regex)
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        return _tree_of(params, [bool(re.search(self.regex, path)) for path in _paths_of(params)])
+
+    def __repr__(self) -> str:
+        return f"by_path({self.regex!r})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Stacked(Mask):
+    """The last of the layers that the matching leaves stack."""
+
+    regex: str
+    last: int
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        _check_regex("stacked", self.regex)
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        leaves = zip(_paths_of(params), jax.tree.leaves(params), strict=True)
+        return _tree_of(
+            params,
+            [
+                self._of(path, leaf) if re.search(self.regex, path) else False
+                for path, leaf in leaves
+            ],
+        )
+
+    def _of(self, path: str, leaf: Any) -> np.ndarray:
+        layers = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
+        if self.last > layers:
+            raise ValueError(
+                f"{self!r} selects {self.last} stacked layers, but {path!r} has the shape "
+                f"{jnp.shape(leaf)}. The layers must be stacked along the first axis."
+            )
+        return np.arange(layers) >= layers - self.last
+
+    def __repr__(self) -> str:
+        return f"stacked({self.regex!r}, last={self.last})"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Matrices(Mask):
+    """Leaves with two or more dimensions."""
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        _refuse_step_count(params)
+        return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
+
+    def __repr__(self) -> str:
+        return "matrices()"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Layers(Mask):
+    """The leaves of some modules."""
+
+    paths: tuple[str, ...]
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        owners = [paths.layer_of(path) for path in _paths_of(params)]
+        present = set(owners)
+        missing = [layer for layer in self.paths if layer not in present]
+        if missing:
+            raise ValueError(
+                f"The mask names layers that the parameters do not have: "
+                f"{checks.listed(missing)}. They have {checks.listed(sorted(present))}. "
+                f"Select again with the gradient of these parameters."
+            )
+        return _tree_of(params, [owner in self.paths for owner in owners])
+
+    def __repr__(self) -> str:
+        return f"layers({', '.join(map(repr, self.paths))})"
+
+
+def _check_regex(name: str, regex: str) -> None:
+    try:
+        re.compile(regex)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}({regex!r}) is no regular expression: {error}.") from error
+
+
+def _either(first: bool | np.ndarray, second: bool | np.ndarray) -> bool | np.ndarray:
+    both = first, second
+    return first or second if all(isinstance(x, bool) for x in both) else np.logical_or(*both)
+
+
+def _paths_of(params: PyTree) -> list[str]:
+    _refuse_step_count(params)
+    return paths.leaf_paths(params)
+
+
+def _tree_of(params: PyTree, selected: Sequence[bool | np.ndarray]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(params), selected)
+
+
+def _refuse_step_count(params: PyTree) -> None:
+    # `optax.inject_hyperparams` takes every callable for a schedule and calls it with its count.
+    if isinstance(params, (int, np.ndarray, jax.Array)) and not numerics.is_inexact(params):
+        raise ValueError(selection.MASK_AS_SCHEDULE)

@@ -1,0 +1,457 @@
+"""Prefix sharing on programs of every kind: the numbers of two whole gradients."""
+
+import functools
+import os
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from models.unshared import assert_same_tree, unshared
+
+import gnp_optax as gnp
+
+# More examples, chosen at random: PREFIX_EXAMPLES=500 pytest tests/prefix/test_programs.py
+EXAMPLES = int(os.environ.get("PREFIX_EXAMPLES", "6"))
+pytestmark = pytest.mark.usefixtures("x64")
+
+# Layers from and to a (4, 3) array, with parameters "w" (3, 3), "b" (3,), "stack" (2, 3, 3).
+LAYERS = {}
+
+
+def layer(fun):
+    LAYERS[fun.__name__] = fun
+    return fun
+
+
+@layer
+def dense(p, h):
+    return jnp.tanh(h @ p["w"] + p["b"])
+
+
+@layer
+def relu(p, h):
+    return jax.nn.relu(h @ p["w"]) + 0.1 * h
+
+
+@layer
+def gelu(p, h):
+    return jax.nn.gelu(h @ p["w"] + p["b"])
+
+
+@layer
+def layer_norm(p, h):
+    centred = h - h.mean(-1, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-3) * (1 + p["b"])
+
+
+@jax.custom_vjp
+def halved(x):
+    return x
+
+
+halved.defvjp(lambda x: (x, None), lambda _, g: (0.5 * g,))
+
+
+@layer
+def custom_vjp(p, h):
+    return halved(jnp.tanh(h @ halved(p["w"])))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def powered(fun, n, x):
+    return fun(x) ** n
+
+
+powered.defvjp(
+    lambda fun, n, x: (fun(x) ** n, x),
+    lambda fun, n, x, g: (g * n * fun(x) ** (n - 1) * (1 - fun(x) ** 2),),
+)
+
+
+@layer
+def custom_vjp_with_nondiff_argnums(p, h):
+    return powered(jnp.tanh, 3, h @ p["w"]) + h
+
+
+@jax.custom_vjp
+def product(x, y):
+    return x * y
+
+
+def product_forward(x, y):
+    """Keep what the gradient needs: the other factor of each that is differentiated."""
+    saved = (y.value if x.perturbed else None, x.value if y.perturbed else None)
+    return x.value * y.value, saved
+
+
+product.defvjp(
+    product_forward,
+    lambda saved, g: tuple(None if other is None else g * other for other in saved),
+    symbolic_zeros=True,
+)
+
+
+@layer
+def custom_vjp_with_symbolic_zeros(p, h):
+    b = jnp.broadcast_to(p["b"], h.shape)
+    return product(h, b) + product(jnp.sign(h), b) + product(jnp.ones_like(h), h)
+
+
+@jax.custom_jvp
+def smooth(x):
+    return jnp.log1p(jnp.exp(x))
+
+
+smooth.defjvp(lambda x, t: (smooth(x[0]), 0.9 * jax.nn.sigmoid(x[0]) * t[0]))
+
+
+@layer
+def custom_jvp(p, h):
+    return smooth(h @ p["w"]) - 1
+
+
+@layer
+def checkpoint(p, h):
+    return jax.checkpoint(lambda p, h: dense(p, dense(p, h)))(p, h)
+
+
+@layer
+def checkpoint_with_policy(p, h):
+    policy = jax.checkpoint_policies.dots_saveable
+    return jax.checkpoint(jax.jit(dense), policy=policy, prevent_cse=False)(p, h)
+
+
+jitted_dense = jax.jit(dense)
+
+
+@layer
+def jit(p, h):
+    return jax.jit(lambda p, h: jitted_dense(p, jitted_dense(p, h)) + 1.0)(p, h)
+
+
+@layer
+def jit_with_literals(p, h):
+    scaled = jax.jit(lambda x, s: x * s)
+    return scaled(scaled(h, np.float32(0.5)) + scaled(p["b"], 2), jnp.asarray(0.5, jnp.bfloat16))
+
+
+@layer
+def scan_over_steps(p, h):
+    def step(c, x):
+        return jnp.tanh(c @ p["w"] + x), (c.sum(), x)
+
+    h, (sums, _) = lax.scan(step, h, jnp.arange(2.0), reverse=True, unroll=2)
+    return h * jnp.cos(sums[0])
+
+
+@layer
+def scan_over_layers(p, h):
+    h, sums = lax.scan(lambda c, w: (jnp.tanh(c @ w), c.sum()), h, 2 * p["stack"])
+    return h * jnp.cos(sums[1])
+
+
+@layer
+def scan_over_layers_in_bfloat16(p, h):
+    stack = p["stack"].astype(jnp.bfloat16)
+    return lax.scan(lambda c, w: (jnp.tanh(c @ w), None), h.astype(jnp.bfloat16), stack)[0] + h
+
+
+@layer
+def scan_over_checkpoints(p, h):
+    return jax.jit(lambda w, h: lax.scan(jax.checkpoint(lambda c, w: (dense(w, c), None)), h, w))(
+        {"w": p["stack"], "b": p["w"][:2]}, h
+    )[0]
+
+
+@layer
+def cond(p, h):
+    return lax.cond(h.sum() + p["b"].sum() > 0, lambda h: dense(p, h), lambda h: relu(p, h), h)
+
+
+@layer
+def switch(p, h):
+    branches = [lambda h: h @ p["w"], jnp.sin, lambda h: h + p["b"]]
+    return lax.switch(jnp.argmax(p["w"][0] + h[0]), branches, h)
+
+
+@layer
+def fori_loop(p, h):
+    return lax.fori_loop(0, 2, lambda i, c: jnp.tanh(c @ p["w"]) + i, h)
+
+
+def grown(x):
+    """A loop that has no reverse mode."""
+    return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 1.1 * c[1]), (0, x))[1]
+
+
+@layer
+def while_loop_on_stopped_values(p, h):
+    return h * grown(lax.stop_gradient(h * p["b"]))
+
+
+@layer
+def while_loop_on_integers(p, h):
+    return h * (grown(jnp.argmax(h + p["b"]).astype(float)) + 1)
+
+
+@layer
+def while_loop_that_is_only_compared(p, h):
+    return jnp.where(grown(p["b"]) > h, 0.5 * h, h)
+
+
+@layer
+def while_loop_on_signs(p, h):
+    return h * grown(jnp.sign(p["b"]) * lax.stop_gradient(h))
+
+
+@layer
+def infinite_derivative_that_is_not_used(p, h):
+    root = jnp.sqrt(0 * p["b"])
+    return jnp.where(root > h, 0.5 * h, h) + lax.stop_gradient(root * h)
+
+
+@layer
+def dropout(p, h):
+    return h * jax.random.bernoulli(jax.random.key(1), 0.7, h.shape) + p["b"]
+
+
+@layer
+def dropout_with_raw_keys(p, h):
+    key = jax.random.fold_in(jax.random.PRNGKey(2), jnp.argmax(h))
+    return h * jax.random.bernoulli(key, 0.7, h.shape) + p["b"]
+
+
+@layer
+def embedding(p, h):
+    return h + p["w"][jnp.argmax(h, -1)] + p["w"][jnp.array([0, 2, 1, 1])]
+
+
+@layer
+def scatter(p, h):
+    return jnp.cos(h).at[jnp.array([0, 2])].add(p["b"]).at[-1].set(h[0])
+
+
+@layer
+def one_hot(p, h):
+    return jax.nn.one_hot(jnp.argmax(h, -1), 3) @ p["w"] + h
+
+
+@layer
+def sort(p, h):
+    return jnp.sort(h + p["b"], 0) + h[jnp.argsort(p["b"] + h[:, 0].sum())[0]]
+
+
+@layer
+def top_k(p, h):
+    values, indices = lax.top_k(h @ p["w"], 3)
+    return values * jnp.cos(indices)
+
+
+@layer
+def fourier(p, h):
+    return jnp.abs(jnp.fft.fft(h) * jnp.exp(1j * p["b"]) + 1) - 1
+
+
+@layer
+def bfloat16(p, h):
+    h, w = h.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16)
+    return jnp.tanh(h @ w).astype(float)
+
+
+@layer
+def vmap(p, h):
+    return jax.vmap(lambda row: lax.cond(row[0] > 0, jnp.sin, jnp.cos, row @ p["w"]))(h)
+
+
+def on_host(x):
+    kind = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(lambda x: np.cos(x), kind, x, vmap_method="sequential")
+
+
+@layer
+def callback_on_stopped_values(p, h):
+    return h * on_host(lax.stop_gradient(h + p["b"]))
+
+
+@layer
+def callback_on_rounded_values(p, h):
+    return h * on_host(jnp.round(4 * p["b"]) * jax.jit(lax.stop_gradient)(h))
+
+
+@layer
+def straight_through(p, h):
+    return h + p["b"] + lax.stop_gradient(jnp.round(4 * h * p["b"]) / 4 - h)
+
+
+@layer
+def linear_solve(p, h):
+    return jnp.linalg.solve(3 * jnp.eye(3) + p["w"], h.T).T
+
+
+@layer
+def conjugate_gradients(p, h):
+    w = 3 * jnp.eye(3) + p["w"] @ p["w"].T
+    return h + jax.scipy.sparse.linalg.cg(lambda x: w @ x, h[0], maxiter=9)[0]
+
+
+@layer
+def inner_gradient(p, h):
+    return h + jax.grad(lambda h: jnp.sum(dense(p, h) ** 2))(h)
+
+
+@layer
+def inner_jvp(p, h):
+    return jax.jvp(lambda h: dense(p, h), (h,), (jnp.cos(h),))[1] + h
+
+
+@layer
+def associative_scan(p, h):
+    return lax.associative_scan(jnp.add, h * p["b"]) + jnp.cumsum(h, 1)
+
+
+@layer
+def named_scope(p, h):
+    with jax.named_scope("block"):
+        return h @ p["w"] + np.linspace(0, 1, 3)
+
+
+# What may be around a block of layers.
+WRAPPERS = {
+    "nothing": lambda block: block,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "checkpointed jit": lambda block: jax.checkpoint(jax.jit(block)),
+    "scan": lambda block: lambda p, h: lax.scan(lambda h, _: (block(p, h), h), h, length=2)[0],
+    "vmap": lambda block: lambda p, h: jax.vmap(block, (None, 0))(p, h[None])[0],
+    "cond": lambda block: lambda p, h: lax.cond(h.sum() > 0, block, lambda p, h: 2 * h, p, h),
+}
+
+
+def block_of(layers):
+    def block(params, h):
+        for name, index in layers:
+            h = LAYERS[name](params[index], h)
+        return h
+
+    return block
+
+
+class Program:
+    """Blocks in a row, of layers with one of three sets of parameters; aux of all kinds."""
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self.runs = 0  # of what depends on data alone
+
+    def __call__(self, params, x):
+        jax.debug.callback(self.count)
+        h, aux = x, {"word": "word", "number": 3.0, "none": None}
+        for i, (wrapper, layers) in enumerate(self.blocks):
+            h = WRAPPERS[wrapper](block_of(layers))(params, h)
+            aux[f"after {i}"] = (h.mean(), jnp.argmax(h), jnp.asarray(i), i)
+        aux["params"] = [params[0]["w"], jax.random.fold_in(jax.random.key(0), jnp.argmax(h))]
+        return jnp.mean((h - 0.3) ** 2), aux
+
+    def count(self):
+        self.runs += 1
+
+
+def without_word(result):
+    """Jitted functions return no strings."""
+    (value, aux), grads = result
+    return (value, {k: v for k, v in aux.items() if k != "word"}), grads
+
+
+def exact(blocks):
+    """In bfloat16, to mix two gradients and pull back rounds otherwise than to mix them at last."""
+    return not any("bfloat16" in name for _, layers in blocks for name, _ in layers)
+
+
+def parameters():
+    rng = np.random.default_rng(0)
+    shapes = {"w": (3, 3), "b": (3,), "stack": (2, 3, 3)}
+    return [{k: jnp.asarray(rng.normal(size=s) / 2) for k, s in shapes.items()} for _ in range(3)]
+
+
+def check(blocks, mask, r=0.1, alpha=0.7, scope="all", traced=False):
+    """Compare with the formula, and count how often what depends on data alone is computed."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3)))
+    results, runs = [], []
+    for transform in (gnp.value_and_grad, unshared):
+        program = Program(blocks)
+
+        def run(params, r, alpha, program=program, transform=transform):
+            found = transform(program, r, alpha, mask=mask, scope=scope, has_aux=True)(params, x)
+            return without_word(found) if traced else found
+
+        results.append((jax.jit(run) if traced else run)(parameters(), r, alpha))
+        jax.effects_barrier()
+        runs.append(program.runs)
+    assert_same_tree(*results, rtol=1e-12 if exact(blocks) else 2e-2)
+    assert runs == [1, 2]
+
+
+@pytest.mark.exhaustive(
+    but=[
+        "gelu",
+        "custom_vjp_with_symbolic_zeros",
+        "checkpoint_with_policy",
+        "jit",
+        "scan_over_layers",
+        "cond",
+        "fori_loop",
+        "scatter",
+        "vmap",
+    ]
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_before_at_and_after_the_cut(name):
+    check([("nothing", [(name, 0), (name, 1), (name, 2)])], [False, True, False])
+
+
+@pytest.mark.exhaustive(but=["masked-scan_over_layers"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name.startswith("scan")])
+@pytest.mark.parametrize("scope", ["all", "masked"])
+def test_layer_of_which_part_is_perturbed(name, scope):
+    part = {"w": False, "b": False, "stack": np.array([False, True])}
+    check([("nothing", [("dense", 0), (name, 1), (name, 2)])], [False, part, False], scope=scope)
+
+
+@st.composite
+def masks(draw):
+    """Some leaves selected, but never all."""
+    flags = draw(st.lists(st.booleans(), min_size=8, max_size=8))
+    stack = np.array(draw(st.sampled_from([[False, True], [True, False], [True, True]])))
+    mask = [dict(zip(["w", "b", "stack"], flags[3 * i : 3 * i + 3], strict=False)) for i in (0, 1)]
+    if all(flags) or not any(flags):
+        stack = np.array([False, True])
+    return [*mask, {"w": flags[6], "b": flags[7], "stack": stack}]
+
+
+layers = st.tuples(st.sampled_from(sorted(LAYERS)), st.integers(0, 2))
+blocks = st.tuples(st.sampled_from(sorted(WRAPPERS)), st.lists(layers, min_size=1, max_size=2))
+
+
+@pytest.mark.exhaustive
+@hypothesis.given(
+    blocks=st.lists(blocks, min_size=1, max_size=3),
+    mask=masks(),
+    r=st.sampled_from([0.0, 0.01, 0.3]),
+    alpha=st.sampled_from([0.3, 1.0, 1.4]),
+    scope=st.sampled_from(["all", "masked"]),
+    traced=st.sampled_from([False, False, False, True]),
+)
+@hypothesis.settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="PREFIX_EXAMPLES" not in os.environ,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+def test_random_program(blocks, mask, r, alpha, scope, traced):
+    hypothesis.assume(not traced or exact(blocks))
+    check(blocks, mask, r, alpha, scope, traced)
