@@ -3,13 +3,19 @@
 import sys
 from collections.abc import Sequence
 
+if __name__ == "__main__" and "-h" not in sys.argv and "--help" not in sys.argv:
+    # The libraries below take seconds to import.
+    print("Loading JAX, Flax and matplotlib ...", flush=True)
+
 from gnp_optax.experiments import compare
-from gnp_optax.experiments.measure import cost, precision, throughput
+from gnp_optax.experiments.measure import cost, curve, precision, sweep, throughput
 
 COMMANDS = {
     "compare": compare.run,
     "cost": cost.run,
+    "curve": curve.run,
     "precision": precision.run,
+    "sweep": sweep.run,
     "throughput": throughput.run,
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,9 @@ import tyro
 from gnp_optax.experiments import config as groups
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data.loading import load
-from gnp_optax.experiments.recipes import RECIPES, named, of_epochs
-from gnp_optax.experiments.report import figures, table
+from gnp_optax.experiments.methods import Method
+from gnp_optax.experiments.recipes import RECIPES, named
+from gnp_optax.experiments.report import figures, summary, table
 from gnp_optax.experiments.training import devices
 from gnp_optax.experiments.training.checkpoints import Checkpoint
 from gnp_optax.experiments.training.records import Records, Run
@@ -26,10 +28,11 @@ Prints a table, and writes it, figures and every metric of every epoch under --o
 finished is never repeated, and one that was interrupted goes on from its last checkpoint: start the
 same command again.
 
-Recipes: {", ".join(RECIPES)}. With --recipe and --help, the defaults shown are those of the recipe.
+Recipes: {", ".join(RECIPES)}. With --recipe and --help, the defaults shown are those of the
+recipe.
 
-Commands: compare, which is this one and needs no name; cost, precision and throughput, each with a
---help of its own."""
+Commands: compare, which is this one and needs no name; sweep, which chooses settings; curve, which
+draws several comparisons; cost, precision and throughput. Each has a --help of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,8 @@ def run(args: Sequence[str]) -> None:
     if devices.is_first():
         minutes = (time.perf_counter() - start) / 60
         print(
-            f"\nWrote table.md, figures and runs.jsonl to {config.folder} ({minutes:.1f} minutes)."
+            f"\nWrote table.md, summary.json, figures and runs.jsonl to {config.folder} "
+            f"({minutes:.1f} minutes)."
         )
 
 
@@ -61,10 +65,10 @@ def parse(args: Sequence[str]) -> Config:
     for name in ("recipe", "dataset", "epochs"):
         parser.add_argument(option(name))
     given = parser.parse_known_args(args)[0]
-    name = given.recipe or (given.dataset if given.dataset in RECIPES else "digits")
-    default = named(name)
+    name = given.recipe or (given.dataset if given.dataset in RECIPES else "noisy-digits")
+    default = _without(named(name), args)
     if (given.epochs or "").isdigit() and int(given.epochs) > 0:
-        default = of_epochs(default, int(given.epochs))
+        default = default.of_epochs(int(given.epochs))
     config = _from_command_line(args, default)
     if name.endswith("finetuning") and config.pretrained is None:
         raise ValueError(
@@ -72,6 +76,21 @@ def parse(args: Sequence[str]) -> Config:
             f"{name.replace('finetuning', 'pretraining')} writes to its folder."
         )
     return config
+
+
+def _without(recipe: Config, args: Sequence[str]) -> Config:
+    """Return the recipe without the methods' own settings of options that are given for all."""
+    given = {arg.partition("=")[0] for arg in args}
+
+    def is_kept(setting: str) -> bool:
+        return option(setting.partition(":")[2].partition("=")[0]) not in given
+
+    if "--methods" in given:  # which may not be those that the settings are for
+        recipe = dataclasses.replace(recipe, methods=("plain",))
+    kept = tuple(filter(is_kept, recipe.settings))
+    controls = {setting.partition(":")[0] for setting in recipe.settings if setting not in kept}
+    methods = tuple(m for m in recipe.methods if m not in controls or m != "plain-weight-decay")
+    return dataclasses.replace(recipe, settings=kept, methods=methods)
 
 
 def _from_command_line(args: Sequence[str], default: Config) -> Config:
@@ -108,39 +127,68 @@ def compare(config: Config) -> str:
         if config.keep_parameters:
             print("Of these, --keep-parameters keeps nothing: for that they would be done again.")
     if missing:
-        _train(config, missing, records)
+        _train(config, _grouped(config, missing), records)
     return "" if records is None else _reported(config, {run: records.runs[run] for run in wanted})
 
 
-def _train(config: Config, missing: list[Run], records: Records | None) -> None:
+def _grouped(config: Config, missing: list[Run]) -> list[tuple[Method, list[int]]]:
+    """Return the runs by method and seeds that are trained at once."""
+    if not config.seeds_together:
+        return [(method, [seed]) for method, seed in missing]
+    seeds: dict[Method, list[int]] = {}
+    for method, seed in missing:
+        seeds.setdefault(method, []).append(seed)
+    return list(seeds.items())
+
+
+def _train(config: Config, groups: list[tuple[Method, list[int]]], records: Records | None) -> None:
     part = jax.process_index(), jax.process_count()
     trainer = Trainer(config, load(config, part))
-    total = len(missing) * config.epochs
+    total = sum(config.own(method).epochs for method, _ in groups)
     with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
-        for method, seed in missing:
-            bar.set_description(f"{method}, seed {seed}")
+        for method, seeds in groups:
+            named = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+            bar.set_description(f"{method}, {named}: compiling")
             # Of several processes, not all may see the folder.
             alone = jax.process_count() == 1
-            checkpoint = Checkpoint(config, (method, seed)) if alone else None
+            checkpoint = Checkpoint(config, method, seeds) if alone else None
             epochs = []
-            for metrics in trainer.run(method, seed, checkpoint):
-                epochs.append(metrics)
-                bar.set_postfix_str(f"test error {metrics['test_error']:.1f} %", refresh=False)
+            for each in trainer.run(method, seeds, checkpoint):
+                epochs.append(each)
+                bar.set_description(f"{method}, {named}", refresh=False)
+                error = sum(metrics["test_error"] for metrics in each) / len(each)
+                if error == error:
+                    bar.set_postfix_str(f"test error {error:.1f} %", refresh=False)
                 bar.update()
             if records:
-                records.append((method, seed), epochs)
+                records.append(
+                    {(method, seed): [x[i] for x in epochs] for i, seed in enumerate(seeds)}
+                )
             if checkpoint:
                 checkpoint.remove()
 
 
 def _reported(config: Config, runs: table.Runs) -> str:
-    """Write the table and the figures, and return the table."""
+    """Write the table, the summary and the figures, and return what to print."""
     if note := table.selections(runs):
         print(note)
-    text = table.table(runs)
+    found = summary.of(runs)
+    text = f"{table.table(found)}\n{summary.sentence(found)}\n"
     (config.folder / "table.md").write_text(text)
-    band = f"{config.seeds} seeds (band: smallest to largest)" if config.seeds > 1 else "1 seed"
-    names = {"vit": "ViT", "resnet": "ResNet", "wide-resnet": "WideResNet", "gpt": "GPT"}
-    title = f"{names[config.model]} on {config.dataset}, {band}"
-    figures.draw(runs, title, config.warmup_epochs, config.folder)
+    (config.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    (config.folder / "epochs.csv.gz").write_bytes(summary.epochs(runs))
+    noise = f", {100 * config.label_noise:g} % wrong labels" if config.label_noise else ""
+    data = {"digits": "digits", "cifar10": "CIFAR-10", "text": "a text"}[config.dataset]
+    seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
+    title = f"{_MODELS[config.model]} on {data}{noise}, {seeds}"
+    figures.draw(runs, found, title, config.warmup_epochs, config.folder)
     return text
+
+
+_MODELS = {
+    "mlp": "MLP",
+    "vit": "ViT",
+    "resnet": "ResNet",
+    "wide-resnet": "WideResNet",
+    "gpt": "GPT",
+}

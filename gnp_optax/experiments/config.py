@@ -12,9 +12,14 @@ import jax
 from gnp_optax.experiments.methods import STANDARD, Method
 
 Dataset = Literal["digits", "cifar10", "text"]
-Model = Literal["vit", "resnet", "wide-resnet", "gpt"]
+Model = Literal["mlp", "vit", "resnet", "wide-resnet", "gpt"]
 
 _CONNECTION = ("coordinator", "processes", "process_id")
+# What a method may have of its own, without another program.
+_OWN = (
+    *("r", "alpha", "layers", "budget", "learning_rate", "weight_decay", "label_smoothing"),
+    *("epochs", "warmup_epochs"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +32,13 @@ class RunOptions:
     methods: tuple[Method, ...] = STANDARD
     """Methods to compare. Times are relative to plain. layerwise penalizes --layers layers within
     --budget, layerwise-4 any 4, layerwise-budget as many as fit in --budget."""
+    settings: tuple[str, ...] = ()
+    """Options of single methods, such as sam:r=0.4 plain-weight-decay:weight_decay=2. A recipe has
+    those that were chosen on its validation examples; one that is given as an option of its own,
+    such as --r, is then that of all methods."""
     seeds: int = 3
-    """Runs per method; a seed sets initialisation, order of examples, augmentation, dropout."""
+    """Runs per method; a seed sets initialisation, order of examples, augmentation, dropout, and
+    which labels are wrong."""
     out: Path | None = None
     """Folder for the results. Without it: results/DATASET-HASH, a hash of the options below."""
     checkpoint_minutes: float = 5.0
@@ -67,6 +77,15 @@ class DataOptions:
     """Use only the examples of these classes."""
     train_examples: int | None = None
     """Use only the first so many training examples."""
+    validation_examples: int = 240
+    """Examples that are taken from the end of the training set, always the same and with clean
+    labels, to choose settings by."""
+    label_noise: float = 0.0
+    """Probability that a training label is replaced by that of another class, 0 to 0.9."""
+    image_size: int | None = None
+    """Side of the images of CIFAR-10, 16 or 8, for means over 2x2 or 4x4 pixels; without it 32."""
+    augment: bool = True
+    """Whether images of CIFAR-10 are cropped and flipped at random."""
     length: int = 128
     """Characters of a training example, of a text."""
 
@@ -76,15 +95,18 @@ class ModelOptions:
     """What learns."""
 
     model: Model = "vit"
-    """Vision Transformer; ResNet and WideResNet of 32x32 images; GPT, for text."""
+    """Multilayer perceptron; Vision Transformer; ResNet and WideResNet; GPT, for text."""
     patch_size: int = 2
     """Side of a patch in pixels, of a Vision Transformer."""
     width: int = 32
-    """Width of a transformer, or of a ResNet's first stage."""
+    """Width of a transformer, of a ResNet's first stage, of a perceptron's first layer (each layer
+    after it is half as wide)."""
     depth: int = 2
-    """Blocks of a transformer, or of each stage of a ResNet."""
+    """Blocks of a transformer, hidden layers of a perceptron, blocks of each stage of a ResNet."""
     heads: int = 2
     """Attention heads."""
+    layer_norm: bool = True
+    """Whether the layers of a perceptron are normalised."""
     dropout: float = 0.0
     """Dropout rate of a transformer: of residual branches, attention weights and embeddings."""
     class_token: bool = False
@@ -121,6 +143,11 @@ class TrainingOptions:
     """Weight decay: decoupled, for SGD coupled."""
     clip_norm: float = 5.0
     """Largest norm of the gradient that the optimizer sees."""
+    label_smoothing: float = 0.0
+    """Share of a label that is spread over all classes; not in tests."""
+    seeds_together: bool = False
+    """Train all seeds of a method at once, by vmap: for models so small that one alone leaves the
+    device idle. Layers of largest gradient norm are then those of the mean norm over the seeds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +188,15 @@ class Config(
         known = set(self.methods) <= set(get_args(Method))
         if not self.methods or not known or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods must be some of {get_args(Method)}, each of them once.")
-        if "layerwise-budget" in self.methods and self.budget is None:
-            raise ValueError("The method layerwise-budget needs --budget, such as 1.25.")
+        for method in ("layerwise-budget", "layerwise-last"):
+            if method in self.methods and self.budget is None:
+                raise ValueError(f"The method {method} needs --budget, such as 1.25.")
+        decays = [s for s in self.settings if s.startswith("plain-weight-decay:weight_decay=")]
+        if "plain-weight-decay" in self.methods and not decays:
+            raise ValueError(
+                "The method plain-weight-decay needs a weight decay of its own: "
+                "--settings plain-weight-decay:weight_decay=2."
+            )
         if self.m is not None and self.batch_size % self.m:
             raise ValueError("--m must divide --batch-size.")
         given = [option(name) for name in _CONNECTION if getattr(self, name) is not None]
@@ -180,6 +214,26 @@ class Config(
         if (self.dataset == "text") != (self.model == "gpt"):
             raise ValueError("--dataset text and --model gpt belong together.")
         _check_effects(self)
+        for setting in self.settings:
+            _parsed(setting)
+        for method in self.methods:
+            if self.settings:
+                self.own(method)
+
+    def own(self, method: Method) -> "Config":
+        """Return the options of one method: those of its settings, and of a control its own."""
+        changes = {k: v for m, k, v in map(_parsed, self.settings) if m == method}
+        if method == "plain-label-smoothing":
+            changes = {"label_smoothing": 0.1, **changes}
+        config = dataclasses.replace(self, methods=("plain",), settings=(), **changes)
+        if method == "plain-twice":
+            config = config.of_epochs(2 * config.epochs)
+        return config
+
+    def of_epochs(self, epochs: int) -> "Config":
+        """Return the same training of another length; its warmup keeps its share."""
+        warmup = round(self.warmup_epochs * epochs / self.epochs)
+        return dataclasses.replace(self, epochs=epochs, warmup_epochs=min(warmup, epochs - 1))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -190,6 +244,7 @@ class Config(
             for field in dataclasses.fields(group)
             if field.name != "data_dir"
         }
+        options["settings"] = sorted(self.settings)
         # Files by what they hold: another text in the same folder is another run.
         options["pretrained"] = self.pretrained and _digest([self.pretrained])
         if self.dataset == "text" and self.data_dir is not None:
@@ -211,6 +266,21 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _parsed(setting: str) -> tuple[str, str, Any]:
+    """Return method, field and value of a setting such as `sam:r=0.4`."""
+    method, _, assignment = setting.partition(":")
+    name, _, text = assignment.partition("=")
+    if method not in get_args(Method) or name not in _OWN:
+        raise ValueError(
+            f"--settings: {setting!r} is not of the form METHOD:OPTION=VALUE with one of the "
+            f"options {', '.join(_OWN)}, such as sam:r=0.4."
+        )
+    try:
+        return method, name, json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--settings: {text!r} in {setting!r} is no number.") from error
+
+
 def _digest(files: list[Path]) -> str:
     missing = [file for file in files if not file.exists()]
     if missing:
@@ -221,16 +291,23 @@ def _digest(files: list[Path]) -> str:
 def _check_effects(config: Config) -> None:
     """Raise for options that would have no effect."""
     transformer, vit = config.model in ("vit", "gpt"), config.model == "vit"
+    images = config.dataset == "cifar10"
     without_effect = {
+        "--label-noise": config.label_noise > 0 and config.dataset == "text",
+        "--image-size": config.image_size is not None and not images,
+        "--no-augment": not config.augment and not images,
         "--classes": config.classes is not None and config.dataset == "text",
         "--pretrained": config.pretrained is not None and config.model == "gpt",
         "--dropout": config.dropout > 0 and not transformer,
         "--class-token": config.class_token and not vit,
         "--head normal": config.head == "normal" and not vit,
+        "--no-layer-norm": not config.layer_norm and config.model != "mlp",
     }
     for name, is_so in without_effect.items():
         if is_so:
-            raise ValueError(f"{name} has no effect on --model {config.model}.")
+            raise ValueError(
+                f"{name} has no effect on --dataset {config.dataset} with --model {config.model}."
+            )
     if "gr-plain-statistics" in config.methods and (config.optimizer == "sgd" or config.m):
         raise ValueError(
             "gr-plain-statistics needs second moments, so no --optimizer sgd, nor --m."
@@ -252,5 +329,14 @@ def _check_numbers(config: Config) -> None:
             raise ValueError(f"{option(name)} must not be negative: {getattr(config, name)}.")
     if config.budget is not None and not 1 < config.budget < math.inf:
         raise ValueError(f"--budget must be more than 1, a plain step, got {config.budget}.")
-    if not 0 <= config.dropout < 1:
-        raise ValueError("--dropout must lie in [0, 1).")
+    for name in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{option(name)} must lie in [0, 1).")
+    if not 0 <= config.label_noise <= 0.9:
+        raise ValueError(f"--label-noise must lie in 0 to 0.9, got {config.label_noise}.")
+    if config.image_size not in (None, 16, 8):
+        raise ValueError(f"--image-size must be 16 or 8, got {config.image_size}.")
+    if config.validation_examples < 0:
+        raise ValueError("--validation-examples must not be negative.")
+    if config.seeds_together and config.distributed:
+        raise ValueError("--seeds-together is for one device, without --distributed.")

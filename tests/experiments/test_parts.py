@@ -14,11 +14,12 @@ from gnp_optax.experiments.data import datasets as data
 from gnp_optax.experiments.data.loading import load
 from gnp_optax.experiments.methods import regularization
 from gnp_optax.experiments.models.network import Network, model
-from gnp_optax.experiments.recipes import RECIPES, of_epochs
+from gnp_optax.experiments.recipes import RECIPES
 from gnp_optax.experiments.training import optimizers
 from gnp_optax.experiments.training.checkpoints import Checkpoint, pretrained
 from gnp_optax.experiments.training.plain_statistics import plain_statistics
 from gnp_optax.experiments.training.records import Records
+from gnp_optax.experiments.training.steps import Scheduled
 from gnp_optax.experiments.training.trainer import Trainer
 
 TINY = dataclasses.replace(tiny.TINY, epochs=3)
@@ -47,10 +48,10 @@ def trainer(digits):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_scales_its_warmup_with_its_length(name):
     recipe = RECIPES[name]
-    assert of_epochs(recipe, recipe.epochs) == recipe
-    longer = of_epochs(recipe, 4 * recipe.epochs)
+    assert recipe.of_epochs(recipe.epochs) == recipe
+    longer = recipe.of_epochs(4 * recipe.epochs)
     assert longer.warmup_epochs == 4 * recipe.warmup_epochs
-    assert of_epochs(recipe, 1).warmup_epochs == 0
+    assert recipe.of_epochs(1).warmup_epochs == 0
 
 
 def test_the_papers_recipe():
@@ -76,7 +77,7 @@ def test_the_weight_decay_of_sgd_is_coupled_and_that_of_rmsprop_is_not():
     found = {}
     for name in ("sgd", "rmsprop"):
         config = dataclasses.replace(TINY, optimizer=name, weight_decay=0.5)
-        optimizer = optimizers.optimizer(config, lambda _: 0.1)
+        optimizer = optimizers.optimizer(config, 0.1, config.weight_decay)
         first, state = optimizer.update(grads, optimizer.init(params), params)
         second, _ = optimizer.update(grads, state, params)
         found[name] = [float(updates["w"][0]) for updates in (first, second)]
@@ -86,24 +87,31 @@ def test_the_weight_decay_of_sgd_is_coupled_and_that_of_rmsprop_is_not():
     np.testing.assert_allclose(found["rmsprop"], [-0.1 * (1 / v + 1) for v in rms], rtol=1e-4)
 
 
+def at(alpha):
+    """What holds at a step: r = 0.1, and a learning rate."""
+    return Scheduled(0.1, alpha, 0.1, 0.0, 0.0, False)
+
+
 # Networks.
 
 
 @pytest.mark.exhaustive
 def test_batch_statistics_are_those_of_one_clean_pass():
     config = dataclasses.replace(TINY, model="resnet", width=4, epochs=1, warmup_epochs=0)
-    loaded = data.Data(images(32, 8, 3), images(8, 8, 3, seed=1), 10, 255.0, (0.5,), (0.2,))
+    loaded = data.whole(
+        images(32, 8, 3), images(8, 8, 3, seed=1), scale=255.0, mean=(0.5,), std=(0.2,)
+    )
     trainer = Trainer(config, loaded)
     state = trainer._init(0)
     batch = data.Split(*(x[:16] for x in loaded.train))
     key = jax.random.key(0)
     _, clean = trainer.network.loss(state.params, *batch, state.statistics, key)
     # One group of all examples is the batch.
-    steps = dataclasses.replace(trainer.steps, m=16)
-    _, _, after = jax.jit(steps.regularized)(state, batch, key, 0.1, 0.8, None)
+    steps = dataclasses.replace(trainer.steps, config=dataclasses.replace(config, m=16))
+    _, _, after = jax.jit(steps.regularized)(state, batch, key, at(0.8), None)
     for a, b in zip(*map(jax.tree.leaves, (after.statistics, clean)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    assert np.isfinite(next(trainer.run("sam", 0))["test_loss"])
+    assert np.isfinite(next(trainer.run("sam", [0]))[0]["test_loss"])
 
 
 @pytest.mark.exhaustive
@@ -145,9 +153,11 @@ def test_a_transformer_learns_a_text_of_one_word(tmp_path):
     config = dataclasses.replace(
         TINY, dataset="text", model="gpt", length=16, learning_rate=0.02, probe_examples=16
     )
-    last = list(Trainer(config, loaded).run("gr", 0))[-1]
+    trainer = Trainer(config, loaded)
+    last = list(trainer.run("gr", [0]))[-1][0]
     assert last["test_error"] < 78  # the most frequent characters are 2 of 12
-    assert set(last["layer_norms"]) == {
+    ((plain,), *_) = trainer.run("plain", [0])
+    assert set(plain["layer_norms"]) == {
         *("", "embedding", "norm", "block_0/norm_1", "block_0/norm_2", "block_0/mlp_in"),
         *("block_0/mlp_out", "block_0/attention/query", "block_0/attention/key"),
         *("block_0/attention/value", "block_0/attention/out"),
@@ -189,45 +199,46 @@ def test_a_text_that_cannot_be_used(tmp_path, content, message):
 def test_an_interrupted_run_goes_on_to_the_same_numbers(trainer, tmp_path, monkeypatch):
     method = "gr-lambda-warmup"
     config = dataclasses.replace(TINY, out=tmp_path, checkpoint_minutes=0)
-    whole = list(trainer.run(method, 0))
-    run = trainer.run(method, 0, Checkpoint(config, (method, 0)))
+    whole = list(trainer.run(method, [0]))
+    run = trainer.run(method, [0], Checkpoint(config, method, [0]))
     next(run), next(run)
     run.close()
     trained, train = [], trainer.epochs.train
     counted = lambda *args, **kwargs: trained.append(1) or train(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(trainer.epochs, "train", counted)
-    resumed = list(trainer.run(method, 0, Checkpoint(config, (method, 0))))
+    resumed = list(trainer.run(method, [0], Checkpoint(config, method, [0])))
     assert len(trained) == 1
-    for a, b in zip(whole, resumed, strict=True):
+    for (a,), (b,) in zip(whole, resumed, strict=True):
         for name in set(a) - {"seconds_per_step", "early"}:
-            assert a[name] == b[name], name
+            np.testing.assert_equal(a[name], b[name], name)
 
 
 def test_the_selections_before_an_interruption_count(trainer, monkeypatch):
     """With two selections before it, and no more allowed, the last of these stays."""
-    done = [{"perturbed_layers": [name]} for name in ("norm", "head")]
-    monkeypatch.setattr(trainer, "config", dataclasses.replace(TINY, selections=2))
+    done = [[{"perturbed_layers": [name]}] for name in ("norm", "head")]
+    config = dataclasses.replace(TINY, selections=2)
+    monkeypatch.setattr(trainer, "config", config)
     masks = []
-    train = lambda state, scheduled, mask, is_split: masks.append(mask) or stop()  # noqa: E731
+    train = lambda _, __, ___, mask, is_split: masks.append(mask) or stop()  # noqa: E731
     monkeypatch.setattr(trainer.epochs, "train", train)
     with pytest.raises(RuntimeError, match="StopIteration"):
-        next(trainer._epochs("layerwise", trainer._init(0), done))
+        next(trainer._epochs(config, "layerwise", trainer._init(0), trainer.train, done))
     assert masks[0].paths == ("head",)
 
 
 def test_a_checkpoint_of_other_options_is_refused(trainer, tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path)
     state = trainer._init(0)
-    Checkpoint(config, ("gr", 0)).save(state, [])
+    Checkpoint(config, "gr", [0]).save(state, [])
     with pytest.raises(ValueError, match="was made with other options"):
-        Checkpoint(dataclasses.replace(config, r=0.2), ("gr", 0)).load(state)
+        Checkpoint(dataclasses.replace(config, r=0.2), "gr", [0]).load(state)
 
 
 def test_a_checkpoint_is_written_when_it_is_time(tmp_path):
     state = type("State", (), {})
     for minutes, expected in ((0.0, 2), (60.0, 0)):
         config = dataclasses.replace(TINY, out=tmp_path, checkpoint_minutes=minutes)
-        checkpoint, saved = Checkpoint(config, ("gr", 0)), []
+        checkpoint, saved = Checkpoint(config, "gr", [0]), []
         checkpoint.save = lambda *args, saved=saved: saved.append(args)
         for _ in range(2):
             checkpoint.keep(state, [])
@@ -243,7 +254,7 @@ def test_fine_tuning_starts_from_what_was_learned_with_a_new_head(digits, tmp_pa
         TINY, out=tmp_path, epochs=1, warmup_epochs=0, keep_parameters=True, head="normal"
     )
     trainer = Trainer(config, digits)
-    list(trainer.run("plain", 0))
+    list(trainer.run("plain", [0]))
     path = tmp_path / "plain-0-parameters.msgpack"
     fresh = trainer._init(1)
     start = pretrained(path, fresh)
@@ -253,11 +264,11 @@ def test_fine_tuning_starts_from_what_was_learned_with_a_new_head(digits, tmp_pa
     few = data.of_classes(digits, (7, 3, 1, 4))
     tuned = Trainer(dataclasses.replace(config, pretrained=path, learning_rate=1e-9), few)
     assert tuned.model.classes == 4
-    norms = [next(t.run("plain", 0))["layer_norms"] for t in (tuned, trainer)]
+    norms = [next(t.run("plain", [0]))[0]["layer_norms"] for t in (tuned, trainer)]
     assert set(norms[0]) == set(norms[1])
     other = Trainer(dataclasses.replace(config, pretrained=path, width=16), digits)
     with pytest.raises(ValueError, match="holds the parameters of another model"):
-        next(other.run("plain", 0))
+        next(other.run("plain", [0]))[0]
     with pytest.raises(FileNotFoundError, match="--pretrained: there is no file"):
         pretrained(tmp_path / "none", fresh)
 
@@ -274,19 +285,19 @@ def test_some_classes_are_numbered_anew(digits):
 
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_diverged_run_is_never_kept(trainer, tmp_path, monkeypatch, epoch):
-    def diverging(method, state, done):
+    def diverging(config, method, state, train, done):
         for i in range(len(done), TINY.epochs):
-            yield {"train_loss": float("nan") if i == epoch else 1.0}, state
+            yield {"train_loss": float("nan") if i == epoch else 1.0, "early": {}}, state
 
     monkeypatch.setattr(trainer, "_epochs", diverging)
     config = dataclasses.replace(TINY, out=tmp_path, checkpoint_minutes=0)
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="gr, seed 0: the loss is not finite"):
-            list(trainer.run("gr", 0, Checkpoint(config, ("gr", 0))))
+            list(trainer.run("gr", [0], Checkpoint(config, "gr", [0])))
 
 
 def test_a_damaged_checkpoint_is_named(trainer, tmp_path):
-    checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), ("gr", 0))
+    checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), "gr", [0])
     checkpoint.path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"gr-0\.msgpack is damaged"):
         checkpoint.load(trainer._init(0))
@@ -330,9 +341,9 @@ def test_every_group_drops_its_own_units(digits):
     state, key = trainer._init(0), jax.random.key(0)
     half = data.Split(*(x[:8] for x in digits.train))
     twice = data.Split(*(jnp.concatenate([x, x]) for x in half))
-    steps = dataclasses.replace(trainer.steps, m=8)
+    steps = dataclasses.replace(trainer.steps, config=dataclasses.replace(config, m=8))
     grads = [
-        jax.jit(steps.regularized)(state, batch, key, 0.1, 0.0, None)[1] for batch in (half, twice)
+        jax.jit(steps.regularized)(state, batch, key, at(0.0), None)[1] for batch in (half, twice)
     ]
     kernels = [g["block_0"]["mlp_out"]["kernel"] for g in grads]
     assert not np.allclose(*kernels, rtol=0.1)
@@ -345,8 +356,8 @@ def test_every_group_drops_its_own_units(digits):
 def test_an_epoch_in_one_program_is_one_call_a_step(trainer, digits):
     scanned = Trainer(TINY, digits)
     scanned.epochs.is_scanned = True
-    runs = [t.run("gr-lambda-warmup", 0) for t in (trainer, scanned)]
-    for a, b in [tuple(map(next, runs)) for _ in range(2)]:
+    runs = [t.run("gr-lambda-warmup", [0]) for t in (trainer, scanned)]
+    for (a,), (b,) in [tuple(map(next, runs)) for _ in range(2)]:
         for name in ("train_loss", "test_loss", "gradient_norm", "sharpness", "test_error"):
             np.testing.assert_allclose(a[name], b[name], rtol=2e-3)
         for name, values in a["early"].items():
@@ -360,13 +371,16 @@ def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(trainer, monkeyp
     for method, alpha in expected.items():
         kinds = []
         with pytest.raises(StopIteration):
-            trainer.epochs.train(trainer._init(0), weights(trainer, method), None, False)
+            trainer.epochs.train(
+                trainer._init(0), trainer.train, weights(trainer, method), None, False
+            )
         assert kinds[0].alpha == alpha
 
 
 def weights(trainer, method):
     steps = trainer.steps_per_epoch
-    return np.asarray(regularization(method, TINY.r, TINY.alpha, steps, steps))
+    pairs = np.asarray(regularization(method, TINY.r, TINY.alpha, steps, steps))
+    return Scheduled(*pairs.T, *np.zeros((3, steps)), np.ones(steps, bool))
 
 
 def stop():
@@ -379,7 +393,7 @@ def stop():
 def test_early_statistics_are_those_of_the_steps_after_the_gradient(trainer, digits):
     state = trainer._init(0)
     # Weight 0 at the first step.
-    early = next(trainer.run("gr-lambda-warmup", 0))["early"]
+    early = next(trainer.run("gr-lambda-warmup", [0]))[0]["early"]
     assert {len(x) for x in early.values()} == {4}
     shuffle_key, key = jax.random.split(state.key)
     order = jax.random.permutation(shuffle_key, 64)[:16]

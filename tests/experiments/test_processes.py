@@ -13,7 +13,7 @@ import pytest
 # Quick to compile.
 DEVICES = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
 OPTIONS = (
-    *("--methods", "layerwise", "--seeds", "1", "--epochs", "1"),
+    *("--recipe", "digits-vit", "--methods", "layerwise", "--seeds", "1", "--epochs", "1"),
     *("--warmup-epochs", "0", "--width", "8", "--depth", "1", "--heads", "1"),
     *("--patch-size", "4", "--layers", "2", "--distributed"),
 )
@@ -82,8 +82,9 @@ def test_only_the_first_process_prints_and_writes(runs):
     _, (folder, (first, second)) = runs
     assert "layer-wise GR" in first
     assert "|" not in second
-    figures = {f"{name}.png" for name in ("curves", "early", "layers", "tradeoff")}
-    assert {path.name for path in folder.iterdir()} == {"runs.jsonl", "table.md"} | figures
+    figures = {f"{name}.png" for name in ("summary", "curves", "early", "layers")}
+    written = {"runs.jsonl", "epochs.csv.gz", "table.md", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == written | figures
 
 
 @pytest.mark.exhaustive

@@ -23,7 +23,7 @@ from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data import datasets as data
 from gnp_optax.experiments.methods import STANDARD, Method, regularization, selection
 from gnp_optax.experiments.recipes import RECIPES
-from gnp_optax.experiments.report import figures
+from gnp_optax.experiments.report import figures, summary
 from gnp_optax.experiments.report import table as report
 from gnp_optax.experiments.training.records import Records
 from gnp_optax.experiments.training.trainer import Trainer
@@ -33,7 +33,8 @@ STEPS_PER_EPOCH = 4
 METRICS = {
     *("method", "seed", "epoch", "train_loss", "test_error", "gradient_norm", "sharpness"),
     *("gradients_per_step", "seconds_per_step", "perturbed_layers"),
-    *("test_loss", "layer_norms", "early"),
+    *("test_loss", "layer_norms", "early", "ece", "error_4bit"),
+    *("validation_error", "validation_loss"),
 }
 
 
@@ -71,11 +72,18 @@ def formulas(method, config, steps, warmup_steps):
     ramp = np.minimum(1, t / warmup_steps) if warmup_steps else np.ones(steps)
     r, alpha = np.full(steps, config.r), np.full(steps, config.alpha)
     return {
-        "plain": (r, 0.0 * t),
+        **{name: (r, 0.0 * t) for name in get_args(Method) if name.startswith("plain")},
         "gr-r-warmup": (r * ramp, alpha),
         "gr-lambda-warmup": (r, alpha * ramp),
         "gr-zero-warmup": (r, alpha * (t >= warmup_steps)),
+        "gr-after-warmup": (
+            r * np.clip(t / warmup_steps - 1, 0, 1) if warmup_steps else r,
+            alpha * (t >= warmup_steps),
+        ),
         "sam": (r, np.ones(steps)),
+        "sam-every-2": (r, 1.0 * (t % 2 == 0)),
+        "sam-every-5": (r, 1.0 * (t % 5 == 0)),
+        "sam-last-quarter": (r, 1.0 * (t >= steps * 3 // 4)),
     }.get(method, (r, alpha))
 
 
@@ -94,9 +102,12 @@ def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
     ("method", "expected"),
     [
         ("gr", None),
-        ("layerwise", (3, 1.5)),
-        ("layerwise-8", (8, None)),
-        ("layerwise-budget", (None, 1.5)),
+        ("layerwise", ("norm", 3, 1.5)),
+        ("layerwise-8", ("norm", 8, None)),
+        ("layerwise-budget", ("norm", None, 1.5)),
+        ("layerwise-last", ("last", None, 1.5)),
+        ("layerwise-last-2", ("last", 2, None)),
+        ("layerwise-first-1", ("first", 1, None)),
     ],
 )
 def test_a_layerwise_method_has_its_number_of_layers_and_budget(method, expected):
@@ -129,12 +140,28 @@ def test_a_layerwise_method_has_its_number_of_layers_and_budget(method, expected
         ({"data_dir": "somewhere"}, "--data-dir is for --dataset cifar10"),
         ({"methods": ("layerwise-budget",)}, "layerwise-budget needs --budget"),
         ({"m": 5}, "--m must divide --batch-size"),
-        ({"model": "resnet", "dropout": 0.5}, "--dropout has no effect on --model resnet"),
+        ({"model": "resnet", "dropout": 0.5}, "--dropout has no effect on .* --model resnet"),
         ({"model": "resnet", "class_token": True}, "--class-token has no effect"),
         ({"model": "resnet", "head": "normal"}, "--head normal has no effect"),
         ({"methods": ("gr-plain-statistics",), "optimizer": "sgd"}, "needs second moments"),
         ({"methods": ("gr-plain-statistics",), "m": 4}, "nor --m"),
         ({"train_examples": 0}, "--train-examples must be positive"),
+        ({"label_noise": 0.95}, "--label-noise must lie in 0 to 0.9, got 0.95"),
+        ({"label_noise": -0.1}, "--label-noise must lie in 0 to 0.9"),
+        ({"label_smoothing": 1.0}, r"--label-smoothing must lie in \[0, 1\)"),
+        ({"validation_examples": -1}, "--validation-examples must not be negative"),
+        ({"image_size": 15}, "--image-size must be 16 or 8, got 15"),
+        ({"image_size": 16}, "--image-size has no effect on --dataset digits"),
+        ({"augment": False}, "--no-augment has no effect on --dataset digits"),
+        ({"layer_norm": False}, "--no-layer-norm has no effect on .* --model vit"),
+        ({"seeds_together": True, "distributed": True}, "--seeds-together is for one device"),
+        ({"methods": ("layerwise-last",)}, "layerwise-last needs --budget"),
+        ({"methods": ("plain-weight-decay",)}, "needs a weight decay of its own"),
+        ({"settings": ("sam",)}, "'sam' is not of the form METHOD:OPTION=VALUE"),
+        ({"settings": ("sam:batch_size=4",)}, "with one of the options r, alpha"),
+        ({"settings": ("typo:r=1",)}, "'typo:r=1' is not of the form"),
+        ({"settings": ("sam:r=big",)}, "'big' in 'sam:r=big' is no number"),
+        ({"settings": ("sam:r=-1",)}, "--r must be positive"),
         ({"dataset": "text"}, "--dataset text and --model gpt belong together"),
         ({"coordinator": "host:1234"}, "--coordinator is for --distributed, which is missing"),
         ({"distributed": True, "processes": 2}, "give all or none: with --processes alone"),
@@ -170,10 +197,14 @@ def test_an_option_that_changes_runs_changes_the_folder(name):
     special = {"dataset": "cifar10", "dropout": 0.5, "budget": 1.2, "train_examples": 32, "m": 4}
     special |= {"optimizer": "sgd", "decay": "steps", "model": "resnet", "class_token": True}
     special |= {"head": "normal", "dtype": "bfloat16", "classes": (1, 2)}
-    special |= {"pretrained": Path(__file__)}
-    value = special.get(name) or TINY.options[name] * 2
-    changed = dataclasses.replace(TINY, **{"epochs": 8, name: value})
-    assert changed.folder != dataclasses.replace(TINY, epochs=8).folder
+    special |= {"pretrained": Path(__file__), "label_noise": 0.3, "label_smoothing": 0.1}
+    special |= {"validation_examples": 16, "image_size": 16, "augment": False, "layer_norm": False}
+    special |= {"seeds_together": True, "settings": ("sam:r=0.4",)}
+    value = special[name] if name in special else TINY.options[name] * 2
+    images = {"dataset": "cifar10"} if name in ("image_size", "augment") else {}
+    images |= {"model": "mlp"} if name == "layer_norm" else {}
+    base = dataclasses.replace(TINY, epochs=8, methods=("plain", "sam"), **images)
+    assert dataclasses.replace(base, **{name: value}).folder != base.folder
 
 
 def test_an_option_that_only_chooses_runs_keeps_the_folder():
@@ -189,7 +220,8 @@ def test_out_is_the_folder_and_no_part_of_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        ([], Config()),
+        ([], RECIPES["noisy-digits"]),
+        (["--dataset", "digits"], RECIPES["digits"]),
         (["--dataset", "cifar10"], RECIPES["cifar10"]),
         (
             ["--epochs", "15", "--dataset=cifar10"],
@@ -205,16 +237,32 @@ def test_out_is_the_folder_and_no_part_of_the_recipe(tmp_path):
                 optimizer="rmsprop",
             ),
         ),
-        (["--epochs", "30", "--warmup-epochs", "2"], Config(warmup_epochs=2)),
-        (["--methods", "plain", "sam"], Config(methods=("plain", "sam"))),
+        (
+            ["--epochs", "30", "--warmup-epochs", "2"],
+            dataclasses.replace(RECIPES["noisy-digits"], epochs=30, warmup_epochs=2),
+        ),
+        (
+            ["--methods", "plain", "sam"],
+            dataclasses.replace(RECIPES["noisy-digits"], methods=("plain", "sam")),
+        ),
     ],
 )
 def test_recipe_and_data_set_decide_the_defaults(args, expected):
     assert parse(args) == expected
 
 
+def test_an_option_for_all_methods_takes_the_place_of_those_of_single_ones():
+    config = parse(["--methods", "sam", "gr", "--r", "0.3"])
+    assert {config.own(method).r for method in config.methods} == {0.3}
+    assert config.own("sam").weight_decay == 4  # as in the recipe
+    recipe = parse(["--recipe", "noisy-digits"])
+    assert len({recipe.own(method).r for method in recipe.methods}) > 1
+    assert recipe.own("plain-weight-decay").weight_decay > recipe.weight_decay
+    assert recipe.own("plain-twice").epochs == 2 * recipe.epochs
+
+
 def test_an_unknown_recipe_is_refused():
-    with pytest.raises(ValueError, match=r"--recipe must be one of digits, .*, got 'vit-xl'"):
+    with pytest.raises(ValueError, match=r"--recipe must be one of noisy-digits, .* 'vit-xl'"):
         parse(["--recipe", "vit-xl"])
 
 
@@ -265,7 +313,7 @@ def recorded(tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path)
     records = Records(config)
     for run in (("plain", 0), ("sam", 0)):
-        records.append(run, epochs_of(*run))
+        records.append({run: epochs_of(*run)})
     return config
 
 
@@ -288,7 +336,7 @@ def test_an_append_cut_anywhere_leaves_the_run_before_it(recorded):
 def test_a_run_appended_after_a_cut_is_read_back(recorded):
     path = Records(recorded).path
     path.write_bytes(path.read_bytes()[:-20])
-    Records(recorded).append(("sam", 0), epochs_of("sam", 0))
+    Records(recorded).append({("sam", 0): epochs_of("sam", 0)})
     assert Records(recorded).runs[("sam", 0)] == epochs_of("sam", 0)
 
 
@@ -349,7 +397,8 @@ def test_every_epoch_of_every_run_has_all_metrics(finished):
     assert len(epochs) == len(METHODS) * 2 * 2
     for epoch in epochs:
         assert set(epoch) == METRICS
-        assert np.isfinite([v for v in epoch.values() if isinstance(v, float)]).all()
+        measured = {k: v for k, v in epoch.items() if not k.startswith("validation")}
+        assert np.isfinite([v for v in measured.values() if isinstance(v, float)]).all()
         assert (epoch["perturbed_layers"] is not None) == (epoch["method"] == "layerwise")
 
 
@@ -357,20 +406,41 @@ def test_the_table_has_a_row_per_method_with_the_deviation_over_seeds(finished):
     config, text = finished
     assert (config.folder / "table.md").read_text() == text
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
+    rows = {row[0]: row for row in rows if len(row) > 1}
     assert len(rows) == len(METHODS)
-    for method, row in zip(METHODS, rows, strict=True):
-        last = [e for e in lines(config)[1:] if e["method"] == method and e["epoch"] == 2]
+    means = []
+    final = [e for e in lines(config)[1:] if e["epoch"] == 2]
+    plain = [e["test_error"] for e in final if e["method"] == "plain"]
+    for method in METHODS:
+        last = [e for e in final if e["method"] == method]
         errors = [e["test_error"] for e in last]
+        means.append(np.mean(errors))
+        row = rows[report.STYLES[method][0]]
         assert row[1] == f"{np.mean(errors):.2f} +- {np.std(errors, ddof=1):.2f}"
-        assert row[2] == f"{np.mean([e['test_loss'] for e in last]):.3f}"
-        assert row[3] == f"{np.mean([e['train_loss'] for e in last]):.4f}"
-    assert rows[0][-1] == "1.00"  # times are relative to plain
+        pairs = np.subtract(errors, plain)
+        change = f"{pairs.mean():+.2f} +- {np.std(pairs, ddof=1) / 2**0.5:.2f}"
+        assert row[2] == ("(the best plain)" if method == "plain" else change)
+        assert row[4] == f"{np.mean([e['ece'] for e in last]):.2f}"
+        assert row[5] == f"{np.mean([e['error_4bit'] for e in last]):.2f}"
+    assert [float(row[1].split()[0]) for row in rows.values()] == sorted(np.round(means, 2))
+    assert rows["plain"][-1] == "1.00"  # times are relative to plain
+
+
+def test_the_summary_has_one_object_a_method(finished):
+    config, _ = finished
+    found = json.loads((config.folder / "summary.json").read_text())
+    assert {row["method"] for row in found} == set(METHODS)
+    asked = ("seeds", "test_error", "test_error_std", "difference", "difference_standard_error")
+    for row in found:
+        assert set(asked) <= set(row)
+        assert {"best_epoch_error", "ece", "gradients_per_step"} <= set(row)
 
 
 def test_one_seed_that_the_machine_held_up_does_not_change_the_relative_time():
     """And with zero-warmup, whose later epochs take longer, all epochs count."""
     metrics = dict.fromkeys(["test_error", "test_loss", "train_loss", "gradient_norm"], 1.0)
-    metrics |= {"sharpness": 1.0, "gradients_per_step": 1.0}
+    metrics |= {"sharpness": 1.0, "gradients_per_step": 1.0, "ece": 1.0, "error_4bit": 1.0}
+    metrics |= {"validation_error": float("nan")}
     seconds = {
         "plain": [[1.0, 1.0], [1.0, 900.0], [1.0, 1.0]],
         "gr-zero-warmup": [[1.0, 2.0], [1.0, 2.0], [70.0, 2.0]],
@@ -380,17 +450,17 @@ def test_one_seed_that_the_machine_held_up_does_not_change_the_relative_time():
         for method, seeds in seconds.items()
         for seed, run in enumerate(seeds)
     }
-    rows = report.table(runs).splitlines()[2:]
+    rows = report.table(summary.of(runs)).splitlines()[2:]
     assert [row.split("|")[-2].strip() for row in rows] == ["1.00", "1.50"]
 
 
-@pytest.mark.parametrize("name", ["curves", "early", "layers", "tradeoff"])
+@pytest.mark.parametrize("name", ["summary", "curves", "early", "layers", "tradeoff"])
 def test_a_figure_is_an_image(finished, name):
     with Image.open(finished[0].folder / f"{name}.png") as image:
         image.load()
         assert image.format == "PNG"
         assert image.width > 800
-        assert image.height > 500
+        assert image.height > 400
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "layerwise"])
@@ -424,7 +494,7 @@ def test_the_selections_are_counted(finished):
 @pytest.mark.exhaustive
 def test_a_budget_bounds_the_cost_of_layerwise(small):
     trainer = Trainer(dataclasses.replace(TINY, budget=1.1, layers=5), small)
-    for epoch in trainer.run("layerwise", 0):
+    for (epoch,) in trainer.run("layerwise", [0]):
         assert epoch["gradients_per_step"] <= 1.1
 
 
@@ -436,7 +506,7 @@ def test_no_more_selections_than_asked_for(small, monkeypatch):
     for allowed in (1, 2):
         names = iter(["head", "norm", "patches"])
         trainer = Trainer(dataclasses.replace(TINY, selections=allowed, epochs=3), small)
-        chosen = [epoch["perturbed_layers"] for epoch in trainer.run("layerwise", 0)]
+        chosen = [epoch["perturbed_layers"] for (epoch,) in trainer.run("layerwise", [0])]
         expected = [["head"]] * 3 if allowed == 1 else [["head"], ["norm"], ["norm"]]
         assert chosen == expected
         assert len(trainer.epochs.compiled) == allowed
@@ -447,9 +517,9 @@ def started(monkeypatch, small):
     """The runs that are started during a test."""
     runs, run = [], Trainer.run
 
-    def counted(self, method, seed, checkpoint):
-        runs.append((method, seed))
-        return run(self, method, seed, checkpoint)
+    def counted(self, method, seeds, checkpoint):
+        runs.append((method, *seeds))
+        return run(self, method, seeds, checkpoint)
 
     monkeypatch.setattr(data, "digits", lambda part: small)
     monkeypatch.setattr(Trainer, "run", counted)
@@ -462,8 +532,8 @@ def test_an_interrupted_comparison_goes_on_and_ends_with_the_same_numbers(
     config = dataclasses.replace(TINY, methods=("gr", "sam"), out=tmp_path)
     counted = Trainer.run
 
-    def interrupted(self, method, seed, checkpoint):
-        epochs = counted(self, method, seed, checkpoint)
+    def interrupted(self, method, seeds, checkpoint):
+        epochs = counted(self, method, seeds, checkpoint)
         yield next(epochs)
         if len(started) == 3:
             raise KeyboardInterrupt
@@ -494,9 +564,9 @@ def test_a_run_cut_short_on_file_is_done_again(finished, started, tmp_path, monk
     config = dataclasses.replace(finished[0], out=tmp_path)
     path, whole = tmp_path / "runs.jsonl", lines(finished[0])
 
-    def replayed(self, method, seed, _):
-        started.append((method, seed))
-        return (e for e in whole[1:] if (e["method"], e["seed"]) == (method, seed))
+    def replayed(self, method, seeds, _):
+        started.append((method, *seeds))
+        return ([e] for e in whole[1:] if (e["method"], [e["seed"]]) == (method, seeds))
 
     monkeypatch.setattr(Trainer, "run", replayed)
     path.write_text(path.read_text()[:-100])
@@ -528,6 +598,9 @@ class ByHand:
         self.gradient = jax.jit(jax.grad(self.loss))
         self.step = jax.jit(self.step)
         self.runs = {}
+        rate = optax.warmup_cosine_decay_schedule(0.0, TINY.learning_rate, 4, 8)
+        adam = optax.adamw(rate, weight_decay=TINY.weight_decay)
+        self.optimizer = optax.chain(optax.clip_by_global_norm(TINY.clip_norm), adam)
 
     def logits(self, params, images):
         return self.trainer.model.apply({"params": params}, (images / 16 - 0.3053) / 0.3760)
@@ -544,7 +617,7 @@ class ByHand:
         moved = jax.tree.map(lambda p, g: p + r * g / length, params, chosen)
         perturbed = jax.grad(self.loss)(moved, *examples)
         grads = jax.tree.map(lambda g, h, m: g + alpha * m * (h - g), grads, perturbed, mask)
-        updates, opt_state = self.trainer.optimizer.update(grads, opt_state, params)
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     def run(self, method):
@@ -555,7 +628,7 @@ class ByHand:
     def epochs(self, method):
         init_key, key = jax.random.split(jax.random.key(0))
         params = self.init(init_key, jnp.zeros((1, 8, 8, 1)))["params"]
-        opt_state = self.trainer.optimizer.init(params)
+        opt_state = self.optimizer.init(params)
         schedule = zip(*formulas(method, TINY, 8, 4), strict=True)
         for recorded in (e for e in self.records if e["method"] == method):
             before, losses, layers = params, [], recorded["perturbed_layers"]

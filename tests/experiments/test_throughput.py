@@ -10,6 +10,7 @@ from models import tiny
 from gnp_optax.experiments import __main__
 from gnp_optax.experiments.measure import throughput
 from gnp_optax.experiments.recipes import RECIPES
+from gnp_optax.experiments.training.steps import Scheduled
 from gnp_optax.experiments.training.trainer import Trainer
 
 
@@ -25,11 +26,14 @@ def test_bare_step_trains_as_the_comparison_does(trainer, method):
     alpha = 0.0 if method == "plain" else trainer.config.alpha
     r = trainer.config.r
     start = trainer._init(0)._replace(params=state[0], opt_state=state[1])
-    expected = trainer.steps.regularized(start, batch, key, r, alpha, None)[2]
+    at = Scheduled(r, alpha, 0.0, trainer.config.weight_decay, 0.0, False)
+    expected = trainer.steps.regularized(start, batch, key, at, None)[2]
     state = step(*state, batch, key)
     # Adam's moments: the gradient. In the parameters it divides rounding errors by rounding errors.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, 2e-3, 1e-6), state[1], expected.opt_state
+        lambda a, b: np.testing.assert_allclose(a, b, 2e-3, 1e-6),
+        state[1][1],
+        expected.opt_state[1],
     )
     params = step(*state, batch, key)[0]  # the learning rate of the first step is 0
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, start.params)
@@ -70,7 +74,7 @@ def test_comparison_is_the_recipe_with_an_epoch_a_round():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--recipe", "vit-xs"], "--recipe must be one of digits, "),
+        (["--recipe", "vit-xs"], "--recipe must be one of noisy-digits, "),
         (["--rounds", "0"], "--rounds must be positive"),
         (["--data-dir", "/nowhere"], "--data-dir is for --dataset cifar10 and text"),
     ],

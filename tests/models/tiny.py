@@ -14,6 +14,7 @@ TINY = Config(
     heads=1,
     layers=2,
     probe_examples=16,
+    validation_examples=0,
 )
 
 

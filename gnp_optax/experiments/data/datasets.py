@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class Data(NamedTuple):
 
     train: Split
     test: Split
+    validation: Split
     classes: int = 10
     scale: float = 1.0
     mean: tuple[float, ...] = ()
@@ -44,13 +45,14 @@ class Data(NamedTuple):
         return (images.astype(jnp.float32) / self.scale - mean) / std
 
     def augment(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        """Pad by 4 reflected pixels, crop at random, flip half of the images."""
+        """Pad by an eighth of reflected pixels, crop at random, flip half of the images."""
         if not self.augmented:
             return images
         batch, side = images.shape[0], images.shape[1]
         crop_key, flip_key = jax.random.split(key)
-        padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
-        corners = jax.random.randint(crop_key, (batch, 2), 0, 9)
+        margin = side // 8  # 4 of 32 pixels
+        padded = jnp.pad(images, ((0, 0), *[(margin, margin)] * 2, (0, 0)), mode="reflect")
+        corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * margin + 1)
 
         def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
             start = (corner[0], corner[1], 0)
@@ -61,9 +63,58 @@ class Data(NamedTuple):
         return jnp.where(flips, cropped[:, :, ::-1], cropped)
 
 
+def whole(train: Split, test: Split, **options: Any) -> Data:
+    """Return a data set of which nothing has been set apart for validation."""
+    return Data(train, test, Split(*(x[:0] for x in train)), **options)
+
+
 def part_of(data: Data, part: tuple[int, int], first: int | None = None) -> Data:
     """Take the first so many training examples, and of these i, i + n, i + 2 n and so on."""
     return data._replace(train=Split(*(x[:first][part[0] :: part[1]] for x in data.train)))
+
+
+def set_apart(data: Data, count: int) -> Data:
+    """Take examples for validation from the training set, in an order that is always the same.
+
+    Those of a text are its last ones: what is near to them in the text is not among them.
+    """
+    examples = len(data.train.labels)
+    if not 0 <= count < examples:
+        raise ValueError(f"--validation-examples must be fewer than {examples}, got {count}.")
+    is_text = not data.mean
+    order = np.arange(examples) if is_text else np.random.default_rng(0).permutation(examples)
+    chosen, left = np.sort(order[examples - count :]), np.sort(order[: examples - count])
+    validation, train = (Split(*(x[rows] for x in data.train)) for rows in (chosen, left))
+    return data._replace(train=train, validation=validation)
+
+
+def halved(data: Data, size: int) -> Data:
+    """Return images of another side, means over squares of pixels."""
+
+    def of_split(split: Split) -> Split:
+        images = np.asarray(split.images)
+        n, side, _, channels = images.shape
+        k = side // size
+        means = images.reshape(n, size, k, size, k, channels).mean((2, 4))
+        return split._replace(images=jnp.asarray(means.round(), jnp.uint8))
+
+    return data._replace(train=of_split(data.train), test=of_split(data.test))
+
+
+def noisy(labels: jax.Array, index: jax.Array, seed: Any, noise: float, classes: int) -> jax.Array:
+    """Replace each label with the probability `noise` by that of another class.
+
+    Which, and by what, depends on the seed and on the number of the example in the training set,
+    `index`, alone.
+    """
+    key = jax.random.fold_in(jax.random.key(2_024), seed)
+
+    def replaced(label: jax.Array, i: jax.Array) -> jax.Array:
+        coin, other = jax.random.split(jax.random.fold_in(key, i))
+        wrong = (label + jax.random.randint(other, (), 1, classes)) % classes
+        return jnp.where(jax.random.uniform(coin) < noise, wrong, label).astype(label.dtype)
+
+    return jnp.vectorize(replaced)(labels, index)
 
 
 def of_classes(data: Data, classes: tuple[int, ...]) -> Data:
@@ -94,7 +145,7 @@ def digits(part: tuple[int, int] = (0, 1)) -> Data:
     splits = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = map(jnp.asarray, splits)
     train, test = Split(train_images, train_labels), Split(test_images, test_labels)
-    return part_of(Data(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,)), part)
+    return part_of(whole(train, test, scale=16.0, mean=(0.3053,), std=(0.3760,)), part)
 
 
 def cifar10(data_dir: Path | None, part: tuple[int, int] = (0, 1)) -> Data:
@@ -114,7 +165,7 @@ def cifar10(data_dir: Path | None, part: tuple[int, int] = (0, 1)) -> Data:
     if not folder.is_dir():
         raise FileNotFoundError(f"--data-dir: there is no folder {folder}.")
     train, test = _read_split(folder, "train", part), _read_split(folder, "test", (0, 1))
-    return Data(train, test, scale=255.0, mean=CIFAR10_MEAN, std=CIFAR10_STD, augmented=True)
+    return whole(train, test, scale=255.0, mean=CIFAR10_MEAN, std=CIFAR10_STD, augmented=True)
 
 
 def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> Data:
@@ -149,7 +200,7 @@ def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> 
         return Split(jnp.asarray(inputs), jnp.asarray(targets))
 
     train, test = examples(numbers[:test_start]), examples(numbers[test_start:])
-    return part_of(Data(train, test, classes=len(vocabulary)), part)
+    return part_of(whole(train, test, classes=len(vocabulary)), part)
 
 
 def _download() -> Path:

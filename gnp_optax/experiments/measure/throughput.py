@@ -19,8 +19,9 @@ from gnp_optax.experiments.measure.cost_report import relative_times
 from gnp_optax.experiments.measure.programs import per_round
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.models.network import Params, Statistics
-from gnp_optax.experiments.recipes import named, of_epochs
+from gnp_optax.experiments.recipes import named
 from gnp_optax.experiments.report.table import STYLES, markdown
+from gnp_optax.experiments.training import optimizers
 from gnp_optax.experiments.training.trainer import Trainer
 
 METHODS: tuple[Method, ...] = ("plain", "gr")
@@ -39,7 +40,7 @@ class ThroughputConfig:
     comes between the epochs, is not.
     """
 
-    recipe: str = "digits"
+    recipe: str = "digits-vit"
     """A named setting of the comparison, such as vit-ti or resnet20."""
     data_dir: Path | None = None
     """Folder with the data set, as in the comparison."""
@@ -57,7 +58,7 @@ class ThroughputConfig:
         """The options of the comparison: an epoch for every round, one before and one after."""
         epochs = self.rounds + 2
         return dataclasses.replace(
-            of_epochs(named(self.recipe), epochs),
+            named(self.recipe).of_epochs(epochs),
             data_dir=self.data_dir,
             test_every=epochs,
         )
@@ -85,8 +86,8 @@ def measure(trainer: Trainer, rounds: int) -> Times:
 
 
 def _epochs(trainer: Trainer, method: Method) -> Callable[[], float]:
-    run = trainer.run(method, seed=0)
-    return lambda: float(next(run)["seconds_per_step"])
+    run = trainer.run(method, [0])
+    return lambda: float(next(run)[0]["seconds_per_step"])
 
 
 def _loop(trainer: Trainer, method: Method) -> Callable[[], float]:
@@ -107,7 +108,10 @@ def bare(
     trainer: Trainer, method: Method
 ) -> tuple[Callable[..., Any], tuple[Params, Any, Statistics], tuple[Split, jax.Array]]:
     """Return a jitted step, the state that it begins with, and its batch and key of dropout."""
-    network, optimizer, config = trainer.network, trainer.optimizer, trainer.config
+    network, config = trainer.network, trainer.config
+    steps, warmup = (n * trainer.steps_per_epoch for n in (config.epochs, config.warmup_epochs))
+    schedule = optimizers.learning_rate(config, steps, warmup)
+    optimizer = optimizers.optimizer(config, schedule, config.weight_decay)
     batch = Split(*(jax.device_put(x[: config.batch_size]) for x in trainer.data.train))
     key = jax.random.key(0)
     # Jitted, for the initialisation would compile every operation by itself.

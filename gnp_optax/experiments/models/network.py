@@ -10,6 +10,7 @@ import optax
 
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data.datasets import Data, Split
+from gnp_optax.experiments.models.mlp import MLP
 from gnp_optax.experiments.models.resnets import ResNet, WideResNet
 from gnp_optax.experiments.models.transformers import GPT, ViT
 
@@ -23,6 +24,8 @@ def model(config: Config, data: Data) -> nn.Module:
     dtype = jnp.dtype(config.dtype)
     shape = data.train.images.shape[1:]
     match config.model:
+        case "mlp":
+            return MLP(data.classes, config.width, config.depth, config.layer_norm, dtype)
         case "resnet":
             return ResNet(data.classes, widths, config.depth, dtype)
         case "wide-resnet":
@@ -68,7 +71,13 @@ class Network:
         return variables.pop("params"), variables
 
     def loss(
-        self, params: Params, images: jax.Array, labels: jax.Array, statistics: Any, key: jax.Array
+        self,
+        params: Params,
+        images: jax.Array,
+        labels: jax.Array,
+        statistics: Any,
+        key: jax.Array,
+        label_smoothing: jax.typing.ArrayLike = 0.0,
     ) -> tuple[jax.Array, Statistics]:
         """Return the mean cross-entropy in training mode, and the new statistics."""
         logits, changed = self.model.apply(
@@ -78,7 +87,7 @@ class Network:
             rngs={"dropout": key},
             mutable=list(statistics),
         )
-        return _cross_entropy(logits, labels), dict(changed)
+        return _cross_entropy(logits, labels, label_smoothing), dict(changed)
 
     def test_loss(self, params: Params, statistics: Statistics, examples: Split) -> jax.Array:
         """Return the mean cross-entropy in evaluation mode."""
@@ -90,13 +99,16 @@ class Network:
         logits: Any = self.model.apply(variables, self.data.normalize(images), train=False)
         return jnp.asarray(logits, jnp.float32)
 
-    def test(self, params: Params, statistics: Statistics, examples: Split) -> tuple[Any, Any]:
-        """Return the share of labels that are not found, and the mean cross-entropy."""
-        logits = self.logits(params, statistics, examples.images)
-        wrong = jnp.mean(logits.argmax(-1) != examples.labels)
-        return wrong, _cross_entropy(logits, examples.labels)
+
+def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the cross-entropy of every label, in float32."""
+    return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits, jnp.float32), labels)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _cross_entropy(
+    logits: jax.Array, labels: jax.Array, smoothing: jax.typing.ArrayLike = 0.0
+) -> jax.Array:
+    # The cross-entropy to the uniform distribution, as far as the label is spread over it.
     logits = jnp.asarray(logits, jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    spread = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
+    return jnp.mean((1 - smoothing) * cross_entropies(logits, labels) + smoothing * spread)

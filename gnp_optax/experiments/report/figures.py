@@ -1,5 +1,6 @@
 """The figures of a comparison."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodF
 
 from gnp_optax import plots
 from gnp_optax.experiments.report import drawing
-from gnp_optax.experiments.report.table import STYLES, Runs, mean_over_epochs, methods
+from gnp_optax.experiments.report.summary import Row
+from gnp_optax.experiments.report.table import STYLES, Runs, methods
 from gnp_optax.experiments.training.records import Metrics
 from gnp_optax.plots import _curves
 
@@ -20,18 +22,64 @@ _EARLY = (
 )
 
 
-def draw(runs: Runs, title: str, warmup_epochs: int, folder: Path) -> list[str]:
+def draw(
+    runs: Runs, rows: Sequence[Row], title: str, warmup_epochs: int, folder: Path
+) -> list[str]:
     """Draw what the runs have to show into a folder, and return the names of the files."""
+    summary(rows, title, folder / "summary.png")
     curves(runs, title, warmup_epochs, folder / "curves.png")
-    names = ["curves.png"]
+    names = ["summary.png", "curves.png"]
     if any("second_moment_norm" in epoch["early"] for run in runs.values() for epoch in run):
         early(runs, title, warmup_epochs, folder / "early.png")
         names.append("early.png")
-    if any(run[-1]["perturbed_layers"] for run in runs.values()):
+    if len({round(row["gradients_per_step"], 2) for row in rows}) > 1:
+        tradeoff(rows, title, folder / "tradeoff.png")
+        names.append("tradeoff.png")
+    if any(m.startswith("layerwise") and run[-1]["layer_norms"] for (m, _), run in runs.items()):
         layers(runs, title, folder / "layers.png")
-        tradeoff(runs, title, folder / "tradeoff.png")
-        names += ["layers.png", "tradeoff.png"]
+        names.append("layers.png")
     return names
+
+
+def summary(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the test error by method: a dot a seed, the mean with its 95 % interval, and the cost.
+
+    The best is at the top. Plain runs are grey; a line marks the best of them.
+    """
+    height = 1.2 + 0.3 * len(rows)
+    canvas, (axes,) = drawing.canvas(1, 8.0, height)
+    reference = next((row for row in rows if row["is_reference"]), None)
+    if reference is not None:
+        axes.axvline(reference["test_error"], color="#999999", lw=1.0, ls="--", zorder=0)
+        at: Any = {"transform": axes.get_xaxis_transform(), "ha": "center", "color": "#777777"}
+        axes.text(reference["test_error"], 1.01, "best plain", fontsize=9, **at)
+    for place, row in enumerate(rows):
+        color = "#777777" if row["method"].startswith("plain") else "#0072B2"
+        errors = np.asarray(row["test_errors"])
+        spread = np.linspace(-0.18, 0.18, len(errors)) if len(errors) > 1 else np.zeros(1)
+        axes.scatter(errors, place + spread, s=9, color=color, alpha=0.45, lw=0)
+        deviation = row["test_error_std"] or 0.0
+        interval = _STUDENT.get(len(errors), 2.0) * deviation / len(errors) ** 0.5
+        axes.errorbar(
+            [row["test_error"]], [place], xerr=interval, fmt="o", color=color, ms=6, capsize=4
+        )
+    axes.set_yticks(range(len(rows)), [STYLES[row["method"]][0] for row in rows])
+    axes.set(xlabel="test error, %", ylim=(len(rows) - 0.5, -0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(8))
+    _curves.tidy(axes)
+    axes.grid(visible=False, axis="y")
+    beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 9}
+    for place, row in enumerate(rows):
+        axes.text(1.02, place, f"{row['test_error']:.2f}", **beside)
+        axes.text(1.12, place, f"{row['gradients_per_step']:.2f}", **beside)
+    axes.text(1.02, -0.8, "mean", **{**beside, "color": "#555555"})
+    axes.text(1.12, -0.8, "gradients / step", **{**beside, "color": "#555555"})
+    axes.set_title(title, fontsize=11, loc="left", pad=18)
+    canvas.savefig(path)
+
+
+# Quantiles of Student's distribution, for the 95 % interval of the mean of so many.
+_STUDENT = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def curves(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
@@ -57,7 +105,7 @@ def early(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
     canvas, panels = drawing.canvas(len(_EARLY), 5.0 * len(_EARLY), 4.8)
     for axes, (key, label) in zip(panels, _EARLY, strict=True):
         for method in methods(runs):
-            chosen = [run[: max(2 * warmup_epochs, 1)] for run in _runs_of(runs, method)]
+            chosen = [[e for e in run if e["early"]] for run in _runs_of(runs, method)]
             values = np.array([[x for epoch in run for x in epoch["early"][key]] for run in chosen])
             each = len(chosen[0][0]["early"][key])
             _band(axes, np.arange(values.shape[1]) / each, values, method)
@@ -70,7 +118,7 @@ def layers(runs: Runs, title: str, path: Path) -> None:
 
     Dots mark the layers that were penalized.
     """
-    shown = [m for m in methods(runs) if m == "plain" or m.startswith("layerwise")]
+    shown = [m for m in methods(runs) if _runs_of(runs, m)[0][-1]["layer_norms"]]
     columns = min(len(shown), 3)
     rows = -(-len(shown) // columns)
     canvas, panels = drawing.canvas(len(shown), 5.0 * columns, 7.0 * rows, rows=rows)
@@ -86,24 +134,48 @@ def layers(runs: Runs, title: str, path: Path) -> None:
     canvas.savefig(path)
 
 
-def tradeoff(runs: Runs, title: str, path: Path) -> None:
-    """Draw the test error against the cost of a step, with the spread of the seeds."""
-    canvas, (axes,) = drawing.canvas(1, 6.0, 5.6)
-    costs: list[float] = []
-    for i, method in enumerate(methods(runs)):
-        label, color, _ = STYLES[method]
-        last = [run[-1]["test_error"] for run in _runs_of(runs, method)]
-        mean = np.mean(last)
-        spread = [[mean - np.min(last)], [np.max(last) - mean]]
-        cost = mean_over_epochs(runs, method, "gradients_per_step")
-        costs.append(cost)
-        # Where methods cost the same, beside each other.
-        cost += 0.012 * (sum(abs(cost - other) < 0.01 for other in costs) - 1)
+def tradeoff(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw the test error against the cost of a step; a bar is the standard error of the mean.
+
+    A step of twice the epochs counts twice. The line is the frontier: nothing that costs less errs
+    less.
+    """
+    canvas, (axes,) = drawing.canvas(1, 7.0, 5.6)
+    points = []
+    for i, row in enumerate(rows):
+        label, color, _ = STYLES[row["method"]]
+        error = (row["test_error_std"] or 0.0) / row["seeds"] ** 0.5
+        cost = row["gradients_per_step"] * (2 if row["method"] == "plain-twice" else 1)
+        points.append((cost, row["test_error"]))
         marker: Any = {"fmt": _MARKERS[i % len(_MARKERS)], "color": color, "label": label}
-        axes.errorbar([cost], [mean], yerr=spread, capsize=3, **marker)
+        axes.errorbar([cost], [row["test_error"]], yerr=[error], capsize=3, **marker)
+    frontier = [p for p in points if all(q[0] > p[0] or q[1] >= p[1] for q in points)]
+    axes.plot(*zip(*sorted(frontier), strict=True), color="#999999", lw=1.0, zorder=0)
     axes.set(xlabel="cost of a step, in plain gradients", ylabel="test error, %")
     _curves.tidy(axes)
-    drawing.save(canvas, axes, title, path, columns=2)
+    drawing.save(canvas, axes, title, path, columns=3)
+
+
+def along(rows: Mapping[float, Mapping[str, Row]], over: str, metric: str, path: Path) -> None:
+    """Draw a metric against an option, one line a method, with standard errors of the mean."""
+    canvas, (axes,) = drawing.canvas(1, 7.0, 4.6)
+    names = [m for m in STYLES if any(m in found for found in rows.values())]
+    for i, method in enumerate(names):
+        at = [value for value, found in rows.items() if method in found]
+        values = [rows[value][method] for value in at]
+        label, color, dashes = STYLES[method]
+        bars = [
+            (row["test_error_std"] or 0.0) / row["seeds"] ** 0.5 if metric == "test_error" else 0.0
+            for row in values
+        ]
+        line: Any = {"color": color, "linestyle": dashes, "marker": _MARKERS[i % len(_MARKERS)]}
+        axes.errorbar(
+            at, [row[metric] for row in values], yerr=bars, label=label, ms=5, capsize=3, **line
+        )
+    axes.set(xlabel=over.replace("_", " "), ylabel=metric.replace("_", " ") + ", %")
+    axes.set_xticks(list(rows), [f"{value:g}" for value in rows])
+    _curves.tidy(axes)
+    drawing.save(canvas, axes, "", path, columns=3)
 
 
 def _runs_of(runs: Runs, method: str) -> list[list[Metrics]]:

@@ -1,9 +1,7 @@
-"""The table of a comparison."""
+"""The table of a comparison, and how its methods are called and drawn."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from gnp_optax.experiments.training.records import Metrics, Run
 
@@ -13,50 +11,51 @@ Runs = Mapping[Run, list[Metrics]]
 # apart in black and white.
 STYLES: dict[str, tuple[str, str, Any]] = {
     "plain": ("plain", "#000000", "-"),
+    "plain-weight-decay": ("plain, weight decay", "#555555", (0, (5, 1))),
+    "plain-label-smoothing": ("plain, label smoothing", "#777777", (0, (1, 1))),
+    "plain-twice": ("plain, twice the epochs", "#999999", (0, (3, 1, 1, 1))),
     "gr": ("GR", "#D55E00", "-"),
     "gr-r-warmup": ("GR + r-warmup", "#E69F00", (0, (5, 1))),
     "gr-lambda-warmup": ("GR + lambda-warmup", "#CC79A7", (0, (3, 1, 1, 1))),
     "gr-zero-warmup": ("GR + zero-warmup", "#009E73", (0, (1, 1))),
+    "gr-after-warmup": ("GR, r rising after warmup", "#882255", (0, (3, 1))),
     "sam": ("SAM", "#0072B2", "-"),
+    "sam-every-2": ("SAM, every 2nd step", "#0072B2", (0, (5, 1))),
+    "sam-every-5": ("SAM, every 5th step", "#0072B2", (0, (1, 1))),
+    "sam-last-quarter": ("SAM, last quarter", "#0072B2", (0, (3, 1, 1, 1))),
     "layerwise": ("layer-wise GR", "#56B4E9", (0, (5, 1))),
     "layerwise-1": ("layer-wise GR, 1 layer", "#56B4E9", (0, (1, 2))),
     "layerwise-2": ("layer-wise GR, 2 layers", "#E69F00", (0, (3, 1, 1, 1))),
     "layerwise-4": ("layer-wise GR, 4 layers", "#CC79A7", (0, (5, 1))),
     "layerwise-8": ("layer-wise GR, 8 layers", "#009E73", (0, (8, 2))),
     "layerwise-budget": ("layer-wise GR, budget", "#882255", (0, (2, 1))),
+    "layerwise-last": ("layer-wise GR, last layers", "#56B4E9", (0, (2, 1))),
+    "layerwise-last-1": ("layer-wise GR, last block", "#56B4E9", (0, (4, 1))),
+    "layerwise-last-2": ("layer-wise GR, last 2 blocks", "#56B4E9", (0, (6, 1))),
+    "layerwise-last-3": ("layer-wise GR, last 3 blocks", "#56B4E9", (0, (8, 1))),
+    "layerwise-first-1": ("layer-wise GR, first block", "#CC79A7", (0, (4, 1))),
     "gr-plain-statistics": ("GR, plain statistics", "#999933", (0, (4, 2, 1, 2))),
 }
 COLUMNS = (
-    "method",
-    "test error, %",
-    "test loss",
-    "train loss",
-    "gradient norm",
-    "sharpness",
-    "gradients / step",
-    "time / step",
+    *("method", "test error, %", "to the best plain", "best epoch", "ECE, %", "4 bits"),
+    *("gradients", "time"),
 )
 
 
-def table(runs: Runs) -> str:
-    """Write the last epoch of all runs as a Markdown table: means, and deviations over seeds."""
-    rows = [COLUMNS]
-    for method in methods(runs):
-        last = [epochs[-1] for (name, _), epochs in runs.items() if name == method]
-
-        def mean(key: str, last: list[Metrics] = last) -> float:
-            return float(np.mean([epoch[key] for epoch in last]))
-
+def table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Write a summary as a Markdown table, in its order."""
+    rows: list[Sequence[str]] = [COLUMNS]
+    for row in summary:
+        change = f"{row['difference']:+.2f}" if row["difference"] is not None else "-"
+        error = row["difference_standard_error"]
         rows.append(
             (
-                STYLES[method][0],
-                f"{mean('test_error'):.2f}{_deviation([epoch['test_error'] for epoch in last])}",
-                f"{mean('test_loss'):.3f}",
-                f"{mean('train_loss'):.4f}",
-                f"{mean('gradient_norm'):.3f}",
-                f"{mean('sharpness'):.4f}",
-                f"{mean_over_epochs(runs, method, 'gradients_per_step'):.2f}",
-                _relative_time(runs, method),
+                STYLES[row["method"]][0],
+                f"{row['test_error']:.2f}" + _spread(row["test_error_std"]),
+                "(the best plain)" if row["is_reference"] else change + _spread(error),
+                *(_number(row[key]) for key in ("best_epoch_error", "ece", "error_4bit")),
+                f"{row['gradients_per_step']:.2f}",
+                _number(row["time_per_step"]),
             )
         )
     return markdown(rows)
@@ -94,31 +93,9 @@ def methods(runs: Runs) -> list[str]:
     return [method for method in STYLES if method in present]
 
 
-def _deviation(values: Sequence[float]) -> str:
-    return f" +- {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+def _spread(value: float | None) -> str:
+    return "" if value is None else f" +- {value:.2f}"
 
 
-def mean_over_epochs(runs: Runs, method: str, key: str) -> float:
-    """Return the mean of a metric over all epochs of all seeds."""
-    chosen = [epoch[key] for (name, _), run in runs.items() if name == method for epoch in run]
-    return float(np.mean(chosen))
-
-
-def _relative_time(runs: Runs, method: str) -> str:
-    if not any(name == "plain" for name, _ in runs):
-        return "-"
-    return f"{_seconds_per_step(runs, method) / _seconds_per_step(runs, 'plain'):.2f}"
-
-
-def _seconds_per_step(runs: Runs, method: str) -> float:
-    """Return the mean over the epochs of the median over the seeds.
-
-    So an epoch during which the machine slept, or did other work, does not count if it is one of
-    three; and epochs that differ, as before and after a warmup, all count.
-    """
-    seconds = [
-        [epoch["seconds_per_step"] for epoch in run]
-        for (name, _), run in runs.items()
-        if name == method
-    ]
-    return float(np.mean(np.median(seconds, axis=0)))
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,28 @@ import flax.serialization
 import jax
 
 from gnp_optax.experiments.config import Config
-from gnp_optax.experiments.training.records import Metrics, Run, replace
+from gnp_optax.experiments.methods import Method
+from gnp_optax.experiments.training.records import Epoch, Run, replace
 
 State = Any
 
 
 class Checkpoint:
-    """The file of one run: options, metrics of the epochs done, and the state after them."""
+    """The file of a run, or of several together: options, metrics so far, and the state."""
 
-    def __init__(self, config: Config, run: Run) -> None:
-        self.path: Path = config.folder / f"{run[0]}-{run[1]}.msgpack"
+    def __init__(self, config: Config, method: Method, seeds: Sequence[int]) -> None:
+        self.path: Path = config.folder / f"{method}-{'-'.join(map(str, seeds))}.msgpack"
         self._options = json.dumps(config.options, sort_keys=True)
         self._seconds = 60 * config.checkpoint_minutes
         self._saved = time.monotonic()
 
-    def keep(self, state: State, done: list[Metrics]) -> None:
+    def keep(self, state: State, done: list[Epoch]) -> None:
         """Save, if it is time to."""
         if time.monotonic() - self._saved >= self._seconds:
             self.save(state, done)
             self._saved = time.monotonic()
 
-    def save(self, state: State, done: list[Metrics]) -> None:
+    def save(self, state: State, done: list[Epoch]) -> None:
         """Replace what was saved before."""
         key = jax.random.key_data(state.key)
         content = {
@@ -39,7 +41,7 @@ class Checkpoint:
         }
         _write(self.path, content)
 
-    def load(self, fresh: State) -> tuple[State, list[Metrics]]:
+    def load(self, fresh: State) -> tuple[State, list[Epoch]]:
         """Return what was saved, or the fresh state and no epochs if nothing was."""
         if not self.path.exists():
             return fresh, []

@@ -76,3 +76,10 @@ class Devices:
             return jax.make_array_from_callback(shape, self._divided, of_device)
 
         return Split(*map(laid_out, split))
+
+    def numbers(self, each: int) -> jax.Array:
+        """Return the numbers in the training set of the examples that `divide` lays out."""
+        numbers = np.arange(self.count * each).reshape(each, self.count).T
+        return jax.make_array_from_callback(
+            numbers.shape, self._divided, lambda index: numbers[index]
+        )

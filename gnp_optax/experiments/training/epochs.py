@@ -1,5 +1,6 @@
 """One epoch of training, on the devices from its first step to its last."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +10,13 @@ import numpy as np
 
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
-from gnp_optax.experiments.training.evaluation import early_statistics, rounded
-from gnp_optax.experiments.training.steps import State, Steps
+from gnp_optax.experiments.training.evaluation import Lift, early_statistics
+from gnp_optax.experiments.training.steps import Scheduled, State, Steps
 
 # So many steps of an epoch have their statistics recorded.
-_SAMPLES = 16
+_SAMPLES = 4
+# Runs that are trained together take their steps at the same time.
+TOGETHER = State._make([0, 0, None, 0, 0])
 
 
 class Kind(NamedTuple):
@@ -31,34 +34,41 @@ class Epochs:
     """The compiled steps of one configuration.
 
     The training set, of shape (device, example, ...), stays on the devices. On an accelerator an
-    epoch is one program. On a CPU it is one call a step: inside a loop or a branch, XLA compiles
-    convolutions and small products of matrices so that they run 3 to 15 times slower. For the same
-    reason a weight that stays the same is a constant of the program.
+    epoch is one program, as it is of a perceptron. Else, on a CPU, it is one call a step: inside a
+    loop or a branch, XLA compiles convolutions and some products of matrices so that they run 3 to
+    15 times slower. For the same reason a weight that stays the same is a constant of the program.
     """
 
     def __init__(
-        self, steps: Steps, config: Config, train: Split, steps_per_epoch: int, replicated: Any
+        self,
+        steps: Steps,
+        config: Config,
+        shape: tuple[int, int],
+        steps_per_epoch: int,
+        lift: Lift,
+        replicated: Any,
     ) -> None:
-        self.is_scanned = jax.default_backend() != "cpu"
+        self.is_scanned = jax.default_backend() != "cpu" or config.model == "mlp"
         self.compiled: dict[Any, Callable[..., Any]] = {}
-        self._steps, self._config, self._train = steps, config, train
+        self._steps, self._config, self._shape = steps, config, shape
         self._steps_per_epoch = steps_per_epoch
         self._replicated = replicated
-        self._stride = -(-steps_per_epoch // _SAMPLES)
-        self._shuffle = jax.jit(self._batches)
+        self.stride = -(-steps_per_epoch // _SAMPLES)
+        self._lift = lift
+        self._shuffle = jax.jit(lift(self._batches, (0,)))
 
     def train(
-        self, state: State, scheduled: np.ndarray, mask: Any, is_split: bool
-    ) -> tuple[State, float, dict[str, list[float]], float]:
+        self, state: State, train: Split, scheduled: Scheduled, mask: Any, is_split: bool
+    ) -> tuple[State, np.ndarray, dict[str, np.ndarray], float]:
         """Return the next state, mean loss, early statistics, and the seconds that it took.
 
-        `scheduled` has the radius and the weight of every step.
+        `scheduled` has what holds at every step of the epoch.
         """
         batches, key = self._shuffle(state.key)
-        weights = set(scheduled[:, 1].tolist())
+        weights = set(np.asarray(scheduled.alpha).tolist())
         kind = Kind(mask, weights.pop() if len(weights) == 1 else None, is_split)
         given = jax.device_put(scheduled, self._replicated)
-        inputs = (state._replace(key=key), self._train, batches, given)
+        inputs = (state._replace(key=key), train, batches, given)
         run = self._compile(inputs, kind)
         jax.block_until_ready(inputs)
         start = time.perf_counter()
@@ -73,13 +83,13 @@ class Epochs:
             jax.block_until_ready((state, found))
             losses, early = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))
         seconds = time.perf_counter() - start
-        sampled = {name: rounded(np.asarray(x)[:: self._stride]) for name, x in early.items()}
-        return state, float(np.mean(np.asarray(losses))), sampled, seconds
+        sampled = {name: np.asarray(x)[:: self.stride] for name, x in early.items()}
+        return state, np.mean(np.asarray(losses), axis=0), sampled, seconds
 
     def _batches(self, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return which examples are in the batches, (step, device, example), and the next key."""
         shuffle_key, key = jax.random.split(key)
-        devices, each = self._train.labels.shape[:2]
+        devices, each = self._shape
         # One device draws from the key itself: the same order as ever.
         keys = shuffle_key[None] if devices == 1 else jax.random.split(shuffle_key, devices)
         order = jax.vmap(lambda key: jax.random.permutation(key, each))(keys)
@@ -91,22 +101,29 @@ class Epochs:
         if kind not in self.compiled:
             update = self._steps.split if kind.is_split else self._steps.regularized
 
-            def step(
-                state: State, train: Split, batches: jax.Array, scheduled: jax.Array
+            def of_run(
+                state: State, train: Split, batches: jax.Array, at: Scheduled
             ) -> tuple[State, Any]:
                 i = state.step % self._steps_per_epoch
                 keys = jax.random.split(jax.random.fold_in(state.key, state.step))
                 # Each device takes its own examples out of its own part.
                 chosen = Split(*(joined(jax.vmap(lambda x, i: x[i])(x, batches[i])) for x in train))
                 images = self._steps.network.data.augment(keys[0], chosen.images)
-                r, alpha = scheduled[i]
-                alpha = alpha if kind.alpha is None else kind.alpha
                 batch = chosen._replace(images=images)
-                loss, grads, state = update(state, batch, keys[1], r, alpha, kind.mask)
-                is_sampled = i % self._stride == 0
+                loss, grads, state = update(state, batch, keys[1], at, kind.mask)
                 optimizer = self._config.optimizer
-                early = early_statistics(optimizer, is_sampled, grads, state.opt_state)
+                early = early_statistics(optimizer, at.is_sampled, grads, state.opt_state)
                 return state, (loss, early)
+
+            def step(
+                state: State, train: Split, batches: jax.Array, scheduled: Scheduled
+            ) -> tuple[State, Any]:
+                at = Scheduled(*(x[state.step % self._steps_per_epoch] for x in scheduled))
+                at = at if kind.alpha is None else at._replace(alpha=kind.alpha)
+                run = functools.partial(of_run, at=at)
+                lifted = self._lift(run, (TOGETHER, Split._make([None, 0]), 0), (TOGETHER, 0))
+                next_state, measured = lifted(state, train, batches)
+                return next_state, measured
 
             def epoch(state: State, *inputs: Any) -> tuple[State, Any]:
                 return jax.lax.scan(

@@ -1,6 +1,7 @@
 """What is measured of a run: at the end of an epoch, and at some of its steps."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,49 +11,87 @@ import optax
 
 import gnp_optax as gnp
 from gnp_optax import diagnostics
-from gnp_optax.experiments.data.datasets import Split
-from gnp_optax.experiments.models.network import Network, Params
+from gnp_optax.experiments.data.datasets import Data, Split
+from gnp_optax.experiments.models.network import Network, Params, cross_entropies
 
 Floats = dict[str, Any]
+# From a function of one run, and axes as for `vmap`, to one of runs that are trained together.
+Lift = Callable[..., Callable[..., Any]]
 _TEST_BATCH = 1000
-UNTESTED: Floats = {"test_error": float("nan"), "test_loss": float("nan")}
+_BINS = 15
+_BITS = 4
+TESTED = ("test_error", "test_loss", "ece", "error_4bit", "validation_error", "validation_loss")
+UNTESTED: Floats = dict.fromkeys(TESTED, float("nan"))
 
 
 class Evaluation:
     """The compiled measurements at the end of an epoch."""
 
-    def __init__(self, network: Network, r: float, test: Split, replicated: Any) -> None:
+    def __init__(self, network: Network, r: float, data: Data, lift: Lift, replicated: Any) -> None:
         self.network = network
         self.r = r
-        self._examples: Any = jax.tree.map(np.asarray, test)
+        self._splits: Any = jax.tree.map(np.asarray, (data.test, data.validation))
         jit = functools.partial(jax.jit, out_shardings=replicated)
-        self._test, self._probe = jit(network.test), jit(self._measure)
+        self._count = jit(lift(self._counts, (0, 0, None)))
+        self._probe = jit(lift(self._measure, (0, 0, Split._make([None, 0]))))
+        self._rounded = jit(lift(lambda params: rounded_weights(params, _BITS), (0,)))
 
     def test(self, state: Any) -> Floats:
-        """Return test error in percent, and test loss.
+        """Return errors in percent, losses, and the expected calibration error in percent.
 
-        One call for each batch: on a CPU, convolutions are slow inside a compiled loop.
+        `error_4bit` is the test error after rounding the weights to 4 bits. With no validation
+        examples, what is measured on them is NaN.
         """
-        images, labels = self._examples
-        found, sizes = [], []
-        for start in range(0, len(labels), _TEST_BATCH):
-            part = Split(*(x[start : start + _TEST_BATCH] for x in (images, labels)))
-            found.append(self._test(state.params, state.statistics, part))
-            sizes.append(len(part.labels))
-        wrong, loss = np.average(jax.device_get(found), axis=0, weights=sizes)
-        return {"test_error": 100 * float(wrong), "test_loss": float(loss)}
+        test, validation = self._splits
+        found = self._of_split(state, test)
+        low = self._of_split(state._replace(params=self._rounded(state.params)), test)
+        chosen = self._of_split(state, validation) if len(validation.labels) else UNTESTED
+        return {
+            **{name: found[name] for name in ("test_error", "test_loss", "ece")},
+            "error_4bit": low["test_error"],
+            "validation_error": chosen["test_error"],
+            "validation_loss": chosen["test_loss"],
+        }
+
+    def _of_split(self, state: Any, split: Split) -> Floats:
+        """One call for each batch: on a CPU, convolutions are slow inside a compiled loop."""
+        parts = [
+            self._count(
+                state.params,
+                state.statistics,
+                Split(*(x[start : start + _TEST_BATCH] for x in split)),
+            )
+            for start in range(0, len(split.labels), _TEST_BATCH)
+        ]
+        wrong, loss, gaps = (sum(x) for x in zip(*jax.device_get(parts), strict=True))
+        return {
+            "test_error": 100 * wrong / split.labels.size,
+            "test_loss": loss / split.labels.size,
+            "ece": 100 * np.abs(gaps).sum(-1) / split.labels.size,
+        }
+
+    def _counts(self, params: Params, statistics: Any, examples: Split) -> tuple[Any, Any, Any]:
+        """Return the number of errors, the sum of losses, and of confidence - correct by bin."""
+        logits = self.network.logits(params, statistics, examples.images)
+        probabilities = jax.nn.softmax(logits).reshape(-1, logits.shape[-1])
+        confidence = probabilities.max(-1)
+        correct = probabilities.argmax(-1) == examples.labels.reshape(-1)
+        bins = jnp.clip((confidence * _BINS).astype(int), 0, _BINS - 1)
+        gaps = jnp.zeros(_BINS).at[bins].add(confidence - correct)
+        return jnp.sum(~correct), jnp.sum(cross_entropies(logits, examples.labels)), gaps
 
     def probe(self, state: Any, probe: Split) -> tuple[Params, Floats]:
         """Return the gradient on the probe, and `||g||` and `L(theta + r g/||g||) - L` there.
 
-        And the norm of the gradient for each layer.
+        And the norm of the gradient for each layer; of runs together the root mean square.
         """
         grads, (norm, sharpness) = self._probe(state.params, state.statistics, probe)
         layers = diagnostics.norms_by_layer(grads)
+        norms = np.asarray(layers.norms) / max(1, np.size(norm)) ** 0.5
         return grads, {
-            "gradient_norm": float(norm),
-            "sharpness": float(sharpness),
-            "layer_norms": dict(zip(layers.paths, rounded(layers.norms), strict=True)),
+            "gradient_norm": np.asarray(norm),
+            "sharpness": np.asarray(sharpness),
+            "layer_norms": dict(zip(layers.paths, rounded(norms), strict=True)),
         }
 
     def _measure(self, params: Params, statistics: Any, probe: Split) -> tuple[Params, Any]:
@@ -64,6 +103,22 @@ class Evaluation:
         seen: Any
         _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
         return grads, (seen.grad_norm, seen.perturbed_loss - value)
+
+
+def rounded_weights(params: Params, bits: int) -> Params:
+    """Round weights to integers of so many bits, symmetric, with a scale per output channel.
+
+    Leaves of less than two dimensions stay as they are. The output channels are the last axis.
+    """
+    largest = 2 ** (bits - 1) - 1
+
+    def of_leaf(w: jax.Array) -> jax.Array:
+        if w.ndim < 2:
+            return w
+        scale = jnp.max(jnp.abs(w), axis=tuple(range(w.ndim - 1)), keepdims=True) / largest
+        return jnp.where(scale == 0, w, jnp.round(w / jnp.where(scale == 0, 1, scale)) * scale)
+
+    return jax.tree.map(of_leaf, params)
 
 
 def rounded(values: Any) -> list[float]:

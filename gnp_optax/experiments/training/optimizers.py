@@ -1,5 +1,7 @@
 """Optimizers and their learning rates."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,17 +23,21 @@ def learning_rate(config: Config, steps: int, warmup_steps: int) -> optax.Schedu
     return schedule
 
 
-def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Return the optimizer, behind a clip of the gradient's norm.
+def optimizer(
+    config: Config, learning_rate: Any, weight_decay: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer of one step, behind a clip of the gradient's norm.
 
-    Weight decay is decoupled in AdamW and RMSProp. SGD adds it to the (regularized) gradient.
+    Learning rate and weight decay may be traced, so that methods which differ in them share what is
+    compiled. Weight decay is decoupled in AdamW and RMSProp. SGD adds it to the (regularized)
+    gradient.
     """
-    decay = optax.add_decayed_weights(config.weight_decay)
-    step = optax.scale_by_learning_rate(schedule)
+    decay = optax.add_decayed_weights(weight_decay)
+    step = optax.scale_by_learning_rate(learning_rate)
     clip = optax.clip_by_global_norm(config.clip_norm)
     match config.optimizer:
         case "adamw":
-            return optax.chain(clip, optax.adamw(schedule, weight_decay=config.weight_decay))
+            return optax.chain(clip, optax.scale_by_adam(), decay, step)
         case "rmsprop":
             return optax.chain(clip, optax.scale_by_rms(decay=0.9), decay, step)
         case "sgd":

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gnp_optax.experiments.methods import Method
 
 Metrics = dict[str, Any]
 Run = tuple[Method, int]
+Epoch = list[Metrics]  # of every seed of a run
 
 
 class Records:
@@ -41,20 +43,22 @@ class Records:
         for line in lines[1:]:
             self.runs.setdefault((line["method"], line["seed"]), []).append(line)
         complete = {
-            run: epochs for run, epochs in self.runs.items() if len(epochs) == config.epochs
+            run: epochs
+            for run, epochs in self.runs.items()
+            if len(epochs) == config.own(run[0]).epochs
         }
         self.runs = complete
         header = lines[0] if lines else {"options": config.options, **environment()}
         kept = [header, *(line for epochs in complete.values() for line in epochs)]
         replace(self.path, _text(kept).encode())
 
-    def append(self, run: Run, epochs: list[Metrics]) -> None:
-        """Add a finished run, to the file first."""
+    def append(self, finished: Mapping[Run, list[Metrics]]) -> None:
+        """Add finished runs, to the file first."""
         with self.path.open("a") as file:
-            file.write(_text(epochs))
+            file.write("".join(map(_text, finished.values())))
             file.flush()
             os.fsync(file.fileno())
-        self.runs[run] = epochs
+        self.runs.update(finished)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

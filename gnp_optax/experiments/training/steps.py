@@ -8,8 +8,10 @@ import jax
 import optax
 
 import gnp_optax as gnp
+from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
 from gnp_optax.experiments.models.network import Network, Params, Statistics
+from gnp_optax.experiments.training.optimizers import optimizer
 from gnp_optax.experiments.training.plain_statistics import plain_statistics
 
 # The loss, the gradient that the optimizer was given, and the next state.
@@ -26,54 +28,67 @@ class State(NamedTuple):
     statistics: Statistics
 
 
+class Scheduled(NamedTuple):
+    """What may differ between methods and between steps without being compiled anew."""
+
+    r: Any
+    alpha: Any
+    learning_rate: Any
+    weight_decay: Any
+    label_smoothing: Any
+    is_sampled: Any  # whether the statistics of the optimizer are recorded
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The two kinds of steps, with radius and weight r and alpha on the leaves under a mask."""
 
     network: Network
-    optimizer: optax.GradientTransformation
-    m: int | None
+    config: Config
 
     def regularized(
-        self, state: State, batch: Split, key: jax.Array, r: Any, alpha: Any, mask: Any
+        self, state: State, batch: Split, key: jax.Array, at: Scheduled, mask: Any
     ) -> Outcome:
         """Give the optimizer the regularized gradient."""
-        gradient = self._gradient(r, alpha, mask)
+        gradient = self._gradient(at, mask)
         (loss, statistics), grads = gradient(state.params, batch, state.statistics, key)
-        updated = self.optimizer.update(grads, state.opt_state, state.params)
+        updated = self._optimizer(at).update(grads, state.opt_state, state.params)
         return loss, grads, _next(state, statistics, *updated)
 
     def split(
-        self, state: State, batch: Split, key: jax.Array, r: Any, alpha: Any, mask: Any
+        self, state: State, batch: Split, key: jax.Array, at: Scheduled, mask: Any
     ) -> Outcome:
         """Keep the regularizer out of the optimizer's second moments."""
 
         def of_params(params: Params) -> Any:
-            return self.network.loss(params, *batch, state.statistics, key)
+            return self.network.loss(params, *batch, state.statistics, key, at.label_smoothing)
 
         params = state.params
         (loss, statistics), plain = jax.value_and_grad(of_params, has_aux=True)(params)
-        regularize = gnp.gradient_regularization(r, alpha, mask=mask, has_aux=True)
+        regularize = gnp.gradient_regularization(at.r, at.alpha, mask=mask, has_aux=True)
         grads, _ = regularize.update(plain, regularize.init(params), params, value_fn=of_params)
-        updated = plain_statistics(self.optimizer).update(
+        updated = plain_statistics(self._optimizer(at)).update(
             grads, state.opt_state, params, plain_gradient=plain
         )
         return loss, grads, _next(state, statistics, *updated)
 
-    def _gradient(self, r: Any, alpha: Any, mask: Any) -> Callable[..., Any]:
+    def _optimizer(self, at: Scheduled) -> optax.GradientTransformationExtraArgs:
+        return optimizer(self.config, at.learning_rate, at.weight_decay)
 
+    def _gradient(self, at: Scheduled, mask: Any) -> Callable[..., Any]:
         def loss(params: Params, batch: Split, keys: jax.Array, *, statistics: Any) -> Any:
             # Every example comes with a key, so that every group has one of its own.
-            return self.network.loss(params, *batch, statistics, keys[0])
+            return self.network.loss(params, *batch, statistics, keys[0], at.label_smoothing)
 
         gradient = gnp.value_and_grad(
-            loss, r, alpha, mask=mask, scope="all" if mask is None else "masked", has_aux=True
+            loss, at.r, at.alpha, mask=mask, scope="all" if mask is None else "masked", has_aux=True
         )
-        if self.m is not None:
-            gradient = gnp.batching.m_sharpness(gradient, self.m, has_aux=True)
+        m = self.config.m
+        if m is not None:
+            gradient = gnp.batching.m_sharpness(gradient, m, has_aux=True)
 
         def of_batch(params: Params, batch: Split, statistics: Any, key: jax.Array) -> Any:
-            if self.m is None:
+            if m is None:
                 return gradient(params, batch, key[None], statistics=statistics)
             keys = jax.random.split(key, len(batch.labels))
             (value, each), grads = gradient(params, batch, keys, statistics=statistics)

@@ -1,7 +1,8 @@
-"""Train one model with one method and seed, an epoch at a time."""
+"""Train with one method, for one seed or for several together, an epoch at a time."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,23 +12,24 @@ import numpy as np
 import gnp_optax as gnp
 from gnp_optax.experiments import methods
 from gnp_optax.experiments.config import Config, option
-from gnp_optax.experiments.data.datasets import Data, Split
+from gnp_optax.experiments.data.datasets import Data, Split, noisy
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.models.network import Network, Params, model
 from gnp_optax.experiments.training import checkpoints, optimizers
 from gnp_optax.experiments.training.checkpoints import Checkpoint
 from gnp_optax.experiments.training.devices import Devices, is_first
-from gnp_optax.experiments.training.epochs import Epochs, joined
-from gnp_optax.experiments.training.evaluation import UNTESTED, Evaluation
-from gnp_optax.experiments.training.records import Metrics
-from gnp_optax.experiments.training.steps import State, Steps
+from gnp_optax.experiments.training.epochs import TOGETHER, Epochs, joined
+from gnp_optax.experiments.training.evaluation import UNTESTED, Evaluation, rounded
+from gnp_optax.experiments.training.records import Epoch, Metrics
+from gnp_optax.experiments.training.steps import Scheduled, State, Steps
 
 
 class Trainer:
     """The compiled functions of one configuration, shared by all its runs.
 
-    A method is its radius and weight at every step, and a mask. The radius is an input of what is
-    compiled, and so is a weight that changes; a weight that does not, and a mask, are constants.
+    A method is what holds at every step, and a mask. Radius, learning rate and weight decay are
+    inputs of what is compiled, and so is a weight that changes; a weight that does not, and a mask,
+    are constants.
     """
 
     def __init__(self, config: Config, data: Data) -> None:
@@ -45,72 +47,97 @@ class Trainer:
         self.steps_per_epoch = devices.count * each // config.batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(f"--batch-size exceeds the {devices.count * each} examples.")
-        steps = config.epochs * self.steps_per_epoch
-        self.warmup_steps = config.warmup_epochs * self.steps_per_epoch
         self.model = model(config, data)
         self.network = Network(self.model, data)
-        schedule = optimizers.learning_rate(config, steps, self.warmup_steps)
-        self.optimizer = optimizers.optimizer(config, schedule)
-        self.steps = Steps(self.network, self.optimizer, config.m)
+        self.steps = Steps(self.network, config)
         self.epochs = Epochs(
-            self.steps, config, self.train, self.steps_per_epoch, devices.replicated
+            self.steps,
+            config,
+            (devices.count, each),
+            self.steps_per_epoch,
+            self._lift,
+            devices.replicated,
         )
-        probe = config.probe_examples // devices.count
-        self.probe = jax.jit(lambda train: Split(*(joined(x[:, :probe]) for x in train)))(
-            self.train
+        self._of_probe = jax.jit(
+            self._lift(self._probe_of, (Split._make([None, 0]),), Split._make([None, 0]))
         )
-        self.evaluation = Evaluation(self.network, config.r, data.test, devices.replicated)
-        self._init = jax.jit(self._initial_state, out_shardings=devices.replicated)
+        self._labels = jax.jit(self._lift(self._noisy, (0, None, None)))
+        self._numbers = devices.numbers(each)
+        self.evaluation = Evaluation(self.network, config.r, data, self._lift, devices.replicated)
+        self._init = jax.jit(
+            self._lift(self._initial_state, (0,), TOGETHER), out_shardings=devices.replicated
+        )
         self._cost_of: Callable[[Any], float] = functools.cache(self._count_cost)
 
     def run(
-        self, method: Method, seed: int, checkpoint: Checkpoint | None = None
-    ) -> Iterator[Metrics]:
+        self,
+        method: Method,
+        seeds: Sequence[int],
+        checkpoint: Checkpoint | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Iterator[Epoch]:
         """Train from scratch, or from the checkpoint if there is one; yield each epoch's metrics.
 
-        Those of the epochs before the checkpoint come first.
+        Those of the epochs before the checkpoint come first. `settings` are options in place of the
+        method's.
         """
-        fresh: State = self._init(seed)
-        if self.config.pretrained:
-            fresh = checkpoints.pretrained(self.config.pretrained, fresh)
+        config = dataclasses.replace(self.config.own(method), **(settings or {}))
+        numbers = jnp.asarray(seeds if self.config.seeds_together else seeds[0])
+        fresh: State = self._init(numbers)
+        if config.pretrained:
+            fresh = checkpoints.pretrained(config.pretrained, fresh)
         start, done = checkpoint.load(fresh) if checkpoint else (fresh, [])
         yield from done
-        for metrics, state in self._epochs(method, start, done):
+        train = self.train
+        if config.label_noise:
+            labels = self._labels(numbers, train.labels, self._numbers)
+            train = train._replace(labels=labels)
+        elif self.config.seeds_together:
+            labels = jnp.broadcast_to(train.labels, (len(seeds), *train.labels.shape))
+            train = train._replace(labels=labels)
+        for metrics, state in self._epochs(config, method, start, train, done):
             # Before anything is kept: a run that has diverged is never a finished one.
-            if not np.isfinite(metrics["train_loss"]):
-                raise FloatingPointError(f"{method}, seed {seed}: the loss is not finite.")
-            done = [*done, {"method": method, "seed": seed, **metrics}]
+            if not np.isfinite(metrics["train_loss"]).all():
+                named = ", ".join(map(str, seeds))
+                raise FloatingPointError(f"{method}, seed {named}: the loss is not finite.")
+            each = [
+                {"method": method, "seed": seed, **_of_seed(metrics, i)}
+                for i, seed in enumerate(seeds)
+            ]
+            done = [*done, each]
             if checkpoint:
                 checkpoint.keep(state, done)
-            is_last = len(done) == self.config.epochs
+            is_last = len(done) == config.epochs
             if self.config.keep_parameters and is_last and is_first():
-                checkpoints.keep_parameters(self.config, (method, seed), state)
-            yield done[-1]
+                checkpoints.keep_parameters(self.config, (method, seeds[0]), state)
+            yield each
 
     def _epochs(
-        self, method: Method, state: State, done: list[Metrics]
+        self, config: Config, method: Method, state: State, train: Split, done: list[Epoch]
     ) -> Iterator[tuple[Metrics, State]]:
         """Go on after the epochs that are done; yield metrics and state of each further epoch."""
-        config = self.config
         steps = config.epochs * self.steps_per_epoch
-        schedule = np.asarray(
-            methods.regularization(method, config.r, config.alpha, steps, self.warmup_steps)
-        )
+        schedule = self._schedule(config, method)
         selects = methods.selection(method, config.layers, config.budget)
+        shows_layers = method == "plain" or (selects is not None and selects.order == "norm")
         masks: list[Any] = []  # those of this run, the latest last
         for finished in done:
-            if finished["perturbed_layers"]:
-                _put_last(gnp.masks.layers(*finished["perturbed_layers"]), masks)
-        grads, _ = self.evaluation.probe(state, self.probe)
+            if finished[0]["perturbed_layers"]:
+                _put_last(gnp.masks.layers(*finished[0]["perturbed_layers"]), masks)
+        probe = self._of_probe(train)
+        grads, metrics = self.evaluation.probe(state, probe)
+        assert len(schedule.r) == steps
         for epoch in range(len(done), config.epochs):
-            mask = None if selects is None else self._select(grads, selects, masks)
+            norms = metrics["layer_norms"]
+            mask = None if selects is None else self._select(grads, norms, selects, masks)
             first = epoch * self.steps_per_epoch
-            scheduled = schedule[first : first + self.steps_per_epoch]
+            scheduled = Scheduled(*(x[first : first + self.steps_per_epoch] for x in schedule))
             state, train_loss, early, seconds = self.epochs.train(
-                state, scheduled, mask, is_split=method == "gr-plain-statistics"
+                state, train, scheduled, mask, is_split=method == "gr-plain-statistics"
             )
             is_tested = (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
-            grads, metrics = self.evaluation.probe(state, self.probe)
+            grads, metrics = self.evaluation.probe(state, probe)
+            is_early = epoch < 2 * config.warmup_epochs or epoch == 0
             yield (
                 {
                     "epoch": epoch + 1,
@@ -119,23 +146,54 @@ class Trainer:
                     **(self.evaluation.test(state) if is_tested else UNTESTED),
                     "gradients_per_step": 1
                     + (self._cost_of(mask) - 1 if mask else 1)
-                    * float((scheduled[:, 1] != 0).mean()),
+                    * float((scheduled.alpha != 0).mean()),
                     "seconds_per_step": seconds / self.steps_per_epoch,
                     "perturbed_layers": list(mask.paths) if mask else None,
-                    "early": early,
+                    **({} if shows_layers else {"layer_norms": {}}),
+                    "early": early if is_early else {},
                 },
                 state,
             )
+
+    def _schedule(self, config: Config, method: Method) -> Scheduled:
+        steps, warmup = (n * self.steps_per_epoch for n in (config.epochs, config.warmup_epochs))
+        pairs = methods.regularization(method, config.r, config.alpha, steps, warmup)
+        rate = jax.vmap(optimizers.learning_rate(config, steps, warmup))(jnp.arange(steps))
+        held = [np.full(steps, x) for x in (config.weight_decay, config.label_smoothing)]
+        every = (*np.asarray(pairs).T, np.asarray(rate), *held)
+        # For the warmup and as long again.
+        sampled = np.arange(steps) % self.steps_per_epoch % self.epochs.stride == 0
+        sampled &= np.arange(steps) < max(2 * warmup, self.steps_per_epoch)
+        return Scheduled._make([*(np.asarray(x, np.float32) for x in every), sampled])
+
+    def _lift(self, fun: Callable[..., Any], axes: Any, out: Any = 0) -> Callable[..., Any]:
+        """Return the function of all runs that are trained together."""
+        return jax.vmap(fun, axes, out) if self.config.seeds_together else fun
+
+    def _probe_of(self, train: Split) -> Split:
+        each = self.config.probe_examples // self.devices.count
+        return Split(*(joined(x[:, :each]) for x in train))
+
+    def _noisy(self, seed: jax.Array, labels: jax.Array, numbers: jax.Array) -> jax.Array:
+        return noisy(labels, numbers, seed, self.config.label_noise, self.data.classes)
 
     def _initial_state(self, seed: jax.Array) -> State:
         init_key, key = jax.random.split(jax.random.key(seed))
         example = Split(*(x[:1] for x in self.data.test))
         params, statistics = self.network.init(init_key, example)
-        step = jnp.zeros([], jnp.int32)
-        return State(params, self.optimizer.init(params), step, key, statistics)
+        optimizer = optimizers.optimizer(self.config, 0.0, 0.0)
+        return State(params, optimizer.init(params), jnp.zeros([], jnp.int32), key, statistics)
 
-    def _select(self, grads: Params, selects: methods.Selection, masks: list[Any]) -> Any:
+    def _select(
+        self, grads: Params, norms: dict[str, float], selects: methods.Selection, masks: list[Any]
+    ) -> Any:
         """Return the mask of the next epoch, and put it last in the list of the run's masks."""
+        if selects.order != "norm":
+            if not masks:
+                masks.append(self._blocks(list(norms), selects))
+            return masks[-1]
+        if self.config.seeds_together:  # of which there is one gradient each
+            grads = {name: {"norm": jnp.asarray(norm)} for name, norm in norms.items()}
         mask: Any = gnp.masks.top_k_layers(
             grads,
             selects.layers,
@@ -147,6 +205,22 @@ class Trainer:
         _put_last(mask, masks)
         return mask
 
+    def _blocks(self, layers: list[str], selects: methods.Selection) -> Any:
+        """Return the mask of blocks from one end of the network on."""
+        depth = self.model.depth
+        places = {layer: _place(layer, depth) for layer in layers}
+
+        def mask(count: int) -> Any:
+            first, end = (-1, count) if selects.order == "first" else (depth - count, depth + 1)
+            return gnp.masks.layers(*(x for x in layers if first <= places[x] < end))
+
+        if selects.layers is not None:
+            return mask(selects.layers)
+        fitting = [n for n in range(depth + 1) if self._cost_of(mask(n)) <= (selects.budget or 2)]
+        if not fitting:
+            raise ValueError(f"Not even the head fits into --budget {selects.budget}.")
+        return mask(max(fitting))
+
     def _count_cost(self, mask: Any) -> float:
         key = jax.eval_shape(lambda: jax.random.key(0))
         images, labels = (
@@ -154,7 +228,7 @@ class Trainer:
             for x in self.data.test
         )
         images = jax.eval_shape(self.data.augment, key, images)
-        state = jax.eval_shape(self._init, 0)
+        state = jax.eval_shape(self._initial_state, 0)
         return gnp.masks.cost(
             self.network.loss,
             state.params,
@@ -166,6 +240,28 @@ class Trainer:
             scope="masked",
             has_aux=True,
         )
+
+
+def _place(layer: str, depth: int) -> int:
+    """Return the number of the block that a layer is in; -1 before the first, depth after all."""
+    part = layer.partition("/")[0]
+    kind, _, number = part.rpartition("_")
+    if kind == "block":
+        return int(number)
+    return -1 if part in ("", "patches", "stem", "norm_stem", "embedding") else depth
+
+
+def _of_seed(metrics: Metrics, i: int) -> Metrics:
+    """Return what a run of several has of metrics, in Python's own numbers."""
+
+    def pick(value: Any) -> Any:
+        if not isinstance(value, (np.ndarray, np.generic, float)):
+            return value
+        each: Any = np.asarray(value)
+        return float(f"{each[i] if each.ndim else each:.7g}")
+
+    early = {name: rounded(x[:, i] if x.ndim > 1 else x) for name, x in metrics["early"].items()}
+    return {**{name: pick(value) for name, value in metrics.items()}, "early": early}
 
 
 def _put_last(mask: Any, masks: list[Any]) -> None:
