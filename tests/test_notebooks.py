@@ -1,5 +1,6 @@
-"""Every notebook runs from top to bottom, and is committed without output."""
+"""Every notebook runs from top to bottom, and is stored with the outputs of its code."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def execute_module():
+    specification = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.exhaustive(but=["quickstart"])
@@ -18,7 +27,7 @@ def test_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     client = nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
     # Trained as a user trains: quicker compilation, which the other tests ask for, is slower here.
     client.execute(env={**os.environ, "XLA_FLAGS": ""})
@@ -38,8 +47,19 @@ def test_notebook_opens_in_colab(path):
     assert f"notebooks/{path.name}" in first.source
     assert "colab.research.google.com" in first.source
     assert 'if "google.colab" in sys.modules' in second.source
-    assert all(not cell.get("outputs") for cell in notebook.cells)
     assert sum(cell.cell_type == "code" for cell in notebook.cells) <= 10
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_those_of_the_code_as_it_stands(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata["executed"] == execute_module().digest(notebook), (
+        f"Run: python notebooks/execute.py {path.stem}"
+    )
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output.output_type == "error" for output in outputs)
+    assert path.stat().st_size <= 500_000
 
 
 def test_there_are_notebooks():
