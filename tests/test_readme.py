@@ -33,4 +33,24 @@ def test_code_of_section(heading):
 
 
 def test_there_is_code():
-    assert len(sections()) >= 5
+    assert [len(blocks) for blocks in sections().values()] == [2]
+
+
+def test_it_is_short_and_opens_with_a_picture():
+    text = README.read_text()
+    assert len(text) <= 10_000
+    assert text.index("![") < text.index("## ")
+
+
+@pytest.mark.parametrize("page", ["README.md", "notebooks/evidence/README.md"])
+def test_every_link_to_a_file_finds_it(page):
+    page = README.parent / page
+    links = re.findall(r"\]\(([^)#]+)", page.read_text())
+    files = [link for link in links if not link.startswith("http")]
+    assert files
+    assert [link for link in files if not (page.parent / link).exists()] == []
+
+
+def test_the_evidence_is_small():
+    files = (README.parent / "notebooks" / "evidence").rglob("*")
+    assert sum(file.stat().st_size for file in files if file.is_file()) <= 2_000_000
