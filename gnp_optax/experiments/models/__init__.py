@@ -4,3 +4,6 @@ All of them are called alike: `model(x, train, start=..., stop=...)`. With `star
 `start` receives, and what precedes it is left out; with `stop`, what block `stop` would receive is
 returned. Block `depth` is everything after the last block.
 """
+
+# The modules that x passes before the first block; "" has the parameters that are in no module.
+BEFORE_BLOCKS = ("", "embedding", "patches", "stem", "norm_stem")

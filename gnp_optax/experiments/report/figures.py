@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from gnp_optax import plots
+from gnp_optax.experiments.models import BEFORE_BLOCKS
 from gnp_optax.experiments.report import drawing
 from gnp_optax.experiments.report.summary import Row
 from gnp_optax.experiments.report.table import STYLES, Runs, methods
@@ -202,8 +203,7 @@ def _natural(name: str) -> tuple[Any, ...]:
     """Order block_10 after block_2, and what is no block where the data flows through it."""
     part, _, rest = name.partition("/")
     number = part.rpartition("_")[2]
-    first = ("", "class_token", "embedding", "patches", "stem", "norm_stem")
-    place = 1 if number.isdigit() else 0 if part in first else 3 if part == "head" else 2
+    place = 1 if number.isdigit() else 0 if part in BEFORE_BLOCKS else 3 if part == "head" else 2
     return place, int(number) if place == 1 else 0, part, rest
 
 

@@ -14,6 +14,7 @@ from gnp_optax.experiments import methods
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data.datasets import Data, Split, noisy
 from gnp_optax.experiments.methods import Method
+from gnp_optax.experiments.models import BEFORE_BLOCKS
 from gnp_optax.experiments.models.network import Network, Params, model
 from gnp_optax.experiments.training import checkpoints, optimizers
 from gnp_optax.experiments.training.checkpoints import Checkpoint
@@ -116,7 +117,6 @@ class Trainer:
         self, config: Config, method: Method, state: State, train: Split, done: list[Epoch]
     ) -> Iterator[tuple[Metrics, State]]:
         """Go on after the epochs that are done; yield metrics and state of each further epoch."""
-        steps = config.epochs * self.steps_per_epoch
         schedule = self._schedule(config, method)
         selects = methods.selection(method, config.layers, config.budget)
         shows_layers = method == "plain" or (selects is not None and selects.order == "norm")
@@ -126,7 +126,6 @@ class Trainer:
                 _put_last(gnp.masks.layers(*finished[0]["perturbed_layers"]), masks)
         probe = self._of_probe(train)
         grads, metrics = self.evaluation.probe(state, probe)
-        assert len(schedule.r) == steps
         for epoch in range(len(done), config.epochs):
             norms = metrics["layer_norms"]
             mask = None if selects is None else self._select(grads, norms, selects, masks)
@@ -137,7 +136,6 @@ class Trainer:
             )
             is_tested = (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
             grads, metrics = self.evaluation.probe(state, probe)
-            is_early = epoch < 2 * config.warmup_epochs or epoch == 0
             yield (
                 {
                     "epoch": epoch + 1,
@@ -150,7 +148,7 @@ class Trainer:
                     "seconds_per_step": seconds / self.steps_per_epoch,
                     "perturbed_layers": list(mask.paths) if mask else None,
                     **({} if shows_layers else {"layer_norms": {}}),
-                    "early": early if is_early else {},
+                    "early": early if scheduled.is_sampled.any() else {},
                 },
                 state,
             )
@@ -248,7 +246,7 @@ def _place(layer: str, depth: int) -> int:
     kind, _, number = part.rpartition("_")
     if kind == "block":
         return int(number)
-    return -1 if part in ("", "patches", "stem", "norm_stem", "embedding") else depth
+    return -1 if part in BEFORE_BLOCKS else depth
 
 
 def _of_seed(metrics: Metrics, i: int) -> Metrics:
