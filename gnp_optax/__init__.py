@@ -1,7 +1,8 @@
 """Gradient regularization, SAM and layer-wise gradient regularization for JAX and Optax.
 
 `gradient_regularization`, `sam`, `asam` and `layerwise_gradient_regularization` come first in an
-Optax chain; `value_and_grad` takes the place of `jax.value_and_grad` instead. Beside them:
+Optax chain; `value_and_grad` takes the place of `jax.value_and_grad` instead. `momentum_sam` needs
+one gradient a step, taken at `perturbed(params, opt_state)`. Beside them:
 
     schedules      the warmups of radius and weight, and every k-th step
     directions     from the gradient to the direction of ascent
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from gnp_optax import batching, directions, masks, schedules
 from gnp_optax._functional import value_and_grad
-from gnp_optax._presets import asam, layerwise_gradient_regularization, sam
+from gnp_optax._momentum import MomentumSAMState, momentum_sam, perturbed
+from gnp_optax._presets import asam, gsam, layerwise_gradient_regularization, sam
 from gnp_optax._transformation import GradientRegularizationState, gradient_regularization
 
 if TYPE_CHECKING:
@@ -30,12 +32,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientRegularizationState",
+    "MomentumSAMState",
     "asam",
     "batching",
     "directions",
     "gradient_regularization",
+    "gsam",
     "layerwise_gradient_regularization",
     "masks",
+    "momentum_sam",
+    "perturbed",
     "sam",
     "schedules",
     "value_and_grad",

@@ -27,6 +27,7 @@ def value_and_grad(
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
+    surrogate_gap: jax.typing.ArrayLike = 0.0,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Return a function for the value of `fun` and its regularized gradient.
@@ -71,6 +72,10 @@ def value_and_grad(
             `"float32"`. By default the perturbed parameters are rounded to their own type: of
             bfloat16, most would not move. The remedy costs a copy of the leaves that it widens, and
             prefix sharing.
+        surrogate_gap: Take `g~ - a (g - <u, g> u)`, `u = g~ / ||g~||`, for g~, with a this weight:
+            GSAM's gradient, of the perturbed loss and of its gap to the loss. Not negative. With a
+            mask and scope "all" the norms are over all leaves, and it costs one more backward pass
+            of what comes before the cut.
         has_aux: Whether `fun` returns `(loss, aux)`.
 
     Returns:
@@ -93,7 +98,7 @@ def value_and_grad(
         Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
         Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
     """
-    options = resolve(direction, mask, scope, curvature, perturb_dtype, has_aux)
+    options = resolve(direction, mask, scope, curvature, perturb_dtype, has_aux, surrogate_gap)
     return regularized(fun, r, alpha, options)
 
 
@@ -104,10 +109,11 @@ def resolve(
     curvature: Curvature,
     perturb_dtype: jax.typing.DTypeLike | None,
     has_aux: bool,
+    surrogate_gap: jax.typing.ArrayLike = 0.0,
 ) -> Options:
     """Check the options that every public form shares, and fill in the default direction."""
     ascent = directions.normalized() if direction is None else direction
-    return Options(ascent, mask, scope, curvature, perturb_dtype, has_aux)
+    return Options(ascent, mask, scope, curvature, perturb_dtype, surrogate_gap, has_aux)
 
 
 def regularized(
@@ -137,7 +143,8 @@ def regularized(
 
         def mixed() -> Gradient:
             second = second_gradient(g, ascend(g), r)  # at theta + r d
-            return mixing.mixture(g, second, r, alpha)  # (1 - alpha) g + alpha g~
+            # (1 - alpha) g + alpha g~
+            return mixing.mixture(g, second, r, alpha, options.surrogate_gap)
 
         g_reg = mixing.unless_zero(alpha, mixed, lambda: g)
         return ((value, aux) if options.has_aux else value), parts.unite(*pullback(g_reg))
@@ -229,15 +236,26 @@ def _first_gradient(shared: _Shared, options: Options, is_plain: bool) -> _First
     is_same = options.scope == "all" or not point[1]
     if is_same and not is_plain:
         gradient = losses.traced_once(gradient, *point)
+    # What is not linear in g~ is found in the parameters, behind the cut.
+    separately = options.scope == "all" and not mixing.is_known_to_be(0, options.surrogate_gap)
+    pull, pullback = _pulls(shared.pullback, separately)
 
     def gradient_at(moved: Arrays, others: Arrays) -> tuple[jax.Array, Gradient]:
         if not is_same:
             return perturbation.gradient(loss, (moved, others), options.scope)
         (value, _), found = gradient(moved, others)
-        return value, found
+        return value, pull(found)
 
     second = perturbation.by_difference(gradient_at, point, options.perturb_dtype)
-    return _First(*gradient(*point), second, shared.pullback)
+    found, g = gradient(*point)
+    return _First(found, pull(g), second, pullback)
+
+
+def _pulls(
+    pullback: Callable[[Gradient], Gradient], separately: bool
+) -> tuple[Callable[[Gradient], Gradient], Callable[[Gradient], Gradient]]:
+    """Return what is done to each gradient, and to their mixture: here or there the way back."""
+    return (pullback, lambda g: g) if separately else (lambda g: g, pullback)
 
 
 def _linearized(shared: _Shared, options: Options) -> _First:
@@ -245,12 +263,14 @@ def _linearized(shared: _Shared, options: Options) -> _First:
     gradient = jax.value_and_grad(shared.loss, argnums=(0, 1), has_aux=True)
     everywhere = options.scope == "all"
     # `H d` may be far smaller than the gradient. Where the boundary is of low precision the two are
-    # added behind it, in the parameters.
-    separately = everywhere and any(map(_is_narrow, boundary))
+    # added behind it, in the parameters, as is what is not linear in g~.
+    is_linear = mixing.is_known_to_be(0, options.surrogate_gap)
+    separately = everywhere and (any(map(_is_narrow, boundary)) or not is_linear)
+    pull, pullback = _pulls(shared.pullback, separately)
 
     def first(perturbed: Arrays) -> tuple[Gradient, Any]:
         found, g = gradient(perturbed, boundary)
-        return (shared.pullback(g) if separately else g), found
+        return pull(g), found
 
     # Not `jvp` when g~ is wanted, which would compute the gradient anew.
     g, linear, (value, aux) = jax.linearize(first, perturbed, has_aux=True)
@@ -260,7 +280,7 @@ def _linearized(shared: _Shared, options: Options) -> _First:
         return value, (own, others if everywhere else [None] * len(others))
 
     second = perturbation.by_curvature(product, shared.point)
-    return _First((value, aux), g, second, (lambda g: g) if separately else shared.pullback)
+    return _First((value, aux), g, second, pullback)
 
 
 def _is_narrow(x: jax.Array) -> bool:

@@ -108,6 +108,58 @@ def asam(
     )
 
 
+def gsam(
+    rho: optax.ScalarOrSchedule,
+    surrogate_gap: float,
+    *,
+    direction: optax.GradientTransformation | None = None,
+    mask: Mask = None,
+    scope: Scope = "all",
+    perturb_dtype: jax.typing.DTypeLike | None = None,
+    has_aux: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Minimize the perturbed loss and its gap to the loss: surrogate gap guided SAM, GSAM.
+
+    `g_reg = g~ - a (g - <u, g> u)` with `g~ = grad L(theta + rho g / ||g||)`, `u = g~ / ||g~||` and
+    a the weight of the gap: SAM's gradient, less what in g is orthogonal to it. To first order that
+    leaves the perturbed loss to fall as with SAM, and lets the loss below it rise towards it.
+
+    Args:
+        rho: Radius of the perturbation, in the units of the parameters; a number or a schedule. The
+            authors let it follow the learning rate.
+        surrogate_gap: The weight a, in the paper alpha: 0.1 to 1. Not negative; 0 is SAM.
+        direction: As in `gradient_regularization`.
+        mask: As in `gradient_regularization`.
+        scope: As in `gradient_regularization`.
+        perturb_dtype: As in `gradient_regularization`.
+        has_aux: As in `gradient_regularization`.
+
+    Returns:
+        A transformation whose state is a `GradientRegularizationState`.
+
+    Raises:
+        TypeError, ValueError: As `gradient_regularization`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> loss = lambda x: x[0] ** 2 / 2 + x[1]
+        >>> params = jnp.array([0.0, 1.0])               # g = (0, 1), g~ too: nothing orthogonal
+        >>> tx = gsam(rho=0.5, surrogate_gap=0.4)
+        >>> updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+        >>> updates.tolist()
+        [0.0, 1.0]
+
+    References:
+        Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022,
+        algorithm 1.
+    """
+    checks.check_scalar_or_schedule("rho", rho)
+    options = _functional.resolve(
+        direction, mask, scope, "finite_difference", perturb_dtype, has_aux, surrogate_gap
+    )
+    return transformation(rho, 1.0, options)
+
+
 def layerwise_gradient_regularization(
     r: optax.ScalarOrSchedule,
     alpha: optax.ScalarOrSchedule,

@@ -48,6 +48,7 @@ def gradient_regularization(
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
+    surrogate_gap: float = 0.0,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Penalize the norm of the gradient.
@@ -88,6 +89,9 @@ def gradient_regularization(
         perturb_dtype: Evaluate the perturbed loss at parameters of at least this type, such as
             `"float32"`. By default the perturbed parameters are rounded to their own type: of
             bfloat16, most would not move. The remedy costs a copy of the leaves that it widens.
+        surrogate_gap: Take `g~ - a (g - <u, g> u)`, `u = g~ / ||g~||`, for g~, with a this weight:
+            GSAM's gradient, of the perturbed loss and of its gap to the loss. Not negative. The
+            norms are over the leaves that receive g~.
         has_aux: Whether `value_fn` returns `(loss, aux)`; aux is dropped.
 
     Returns:
@@ -115,7 +119,9 @@ def gradient_regularization(
         Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
         Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
     """
-    options = _functional.resolve(direction, mask, scope, curvature, perturb_dtype, has_aux)
+    options = _functional.resolve(
+        direction, mask, scope, curvature, perturb_dtype, has_aux, surrogate_gap
+    )
     return transformation(r, alpha, options)
 
 
@@ -163,7 +169,8 @@ def transformation(
         def mixed() -> tuple[Gradient, optax.OptState, report.Report]:
             direction, direction_state = ascend()
             second = second_gradient(g, direction, radius)  # at theta + r d
-            g_reg = mixing.mixture(g, second, radius, weight)  # (1 - alpha) g + alpha g~
+            # (1 - alpha) g + alpha g~
+            g_reg = mixing.mixture(g, second, radius, weight, options.surrogate_gap)
             return g_reg, direction_state, report.of(g, point[0], second)
 
         def plain() -> tuple[Gradient, optax.OptState, report.Report]:

@@ -8,6 +8,8 @@ from typing import Any, Self
 import optax
 from flax.training import train_state
 
+from gnp_optax import _momentum
+
 __all__ = ["TrainState"]
 
 
@@ -28,6 +30,17 @@ class TrainState(train_state.TrainState):
         >>> [round(float(w), 4) for w in state.params["w"]]
         [2.67, 3.56]
     """
+
+    @property
+    def perturbed_params(self) -> Any:
+        """The parameters at which a step of `gnp_optax.momentum_sam` takes its gradient.
+
+        `gnp_optax.perturbed(self.params, self.opt_state)`:
+
+            value, grads = jax.value_and_grad(loss_fn)(state.perturbed_params, x, y)
+            state = state.apply_gradients(grads=grads)
+        """
+        return _momentum.perturbed(self.params, self.opt_state)
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """Update the parameters, the optimizer state and the step count.

@@ -8,12 +8,12 @@ import jax
 import optax
 from flax import nnx
 
-from gnp_optax import _functional
+from gnp_optax import _functional, _momentum
 from gnp_optax._core import losses
 from gnp_optax._core.options import Curvature, Scope
 from gnp_optax._core.selection import Mask
 
-__all__ = ["value_and_grad"]
+__all__ = ["perturbed", "value_and_grad"]
 PyTree = Any
 
 
@@ -27,6 +27,7 @@ def value_and_grad(
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
+    surrogate_gap: jax.typing.ArrayLike = 0.0,
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Callable[..., tuple[Any, Any]]:
@@ -48,6 +49,7 @@ def value_and_grad(
         scope: As in `gnp_optax.value_and_grad`.
         curvature: As in `gnp_optax.value_and_grad`.
         perturb_dtype: As in `gnp_optax.value_and_grad`.
+        surrogate_gap: As in `gnp_optax.value_and_grad`.
         has_aux: Whether `fun` returns `(loss, aux)`.
         wrt: Filter for the variables of `model` to differentiate; the one that the `nnx.Optimizer`
             was given.
@@ -70,7 +72,9 @@ def value_and_grad(
     matches = nnx.filterlib.to_predicate(wrt)
     loss = losses.with_aux(fun, has_aux)
     # Beside the user's aux, the variables that the clean pass has changed.
-    options = _functional.resolve(direction, mask, scope, curvature, perturb_dtype, has_aux=True)
+    options = _functional.resolve(
+        direction, mask, scope, curvature, perturb_dtype, True, surrogate_gap
+    )
 
     def of_params(params: PyTree, call: _Call) -> tuple[jax.Array, Any]:
         called = call.at(params)
@@ -91,6 +95,70 @@ def value_and_grad(
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad_fn
+
+
+def perturbed(
+    model: Any,
+    optimizer: nnx.Optimizer[Any],
+    *,
+    perturb_dtype: jax.typing.DTypeLike | None = None,
+) -> Any:
+    """Return the model at which a step of `gnp_optax.momentum_sam` takes its gradient.
+
+    The variables that the optimizer updates are perturbed copies; all others, batch statistics and
+    random streams among them, are those of the model itself, which a pass through either advances:
+
+        optimizer = nnx.Optimizer(model, optax.chain(gnp.momentum_sam(0.1), optax.adamw(1e-3)),
+                                  wrt=nnx.Param)
+        value, grads = nnx.value_and_grad(loss)(gnp_optax.nnx.perturbed(model, optimizer), x, y)
+        optimizer.update(model, grads)
+
+    Args:
+        model: The module.
+        optimizer: Its optimizer, with `gnp_optax.momentum_sam` in the chain.
+        perturb_dtype: As in `gnp_optax.perturbed`.
+
+    Returns:
+        A module of the same kind.
+
+    Raises:
+        ValueError: As `gnp_optax.perturbed`.
+
+    Example:
+        >>> import gnp_optax as gnp
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, gnp.momentum_sam(rho=0.1), wrt=nnx.Param)
+        >>> perturbed(model, optimizer).kernel.shape
+        (2, 1)
+    """
+    split: Any = nnx.split(model, optimizer.wrt, ...)
+    graphdef, params, rest = split
+    moved = _momentum.perturbed(
+        _pure(params), _pure(optimizer.opt_state), perturb_dtype=perturb_dtype
+    )
+    copies = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(moved))
+    there = nnx.merge(graphdef, copies, rest)
+    for path, variable in nnx.to_flat_state(rest):
+        _share(there, path, variable)
+    again: Any = nnx.split(there, optimizer.wrt, ...)
+    if len(nnx.to_flat_state(again[2])) > len(nnx.to_flat_state(rest)):
+        raise ValueError(
+            "Before version 0.12 Flax can't share a variable that stands in several places of a "
+            "module: pip install --upgrade flax."
+        )
+    return there
+
+
+def _share(module: Any, path: tuple[Any, ...], variable: Any) -> None:
+    """Put a variable where a module has a copy of it; `nnx.merge` of Flax before 0.12 copies."""
+    for key in path[:-1]:
+        module = getattr(module, key) if isinstance(key, str) else module[key]
+    if getattr(module, path[-1]) is not variable:
+        setattr(module, path[-1], variable)
+
+
+# From variables to what they hold; `nnx.pure` until Flax 0.12.
+_pure: Callable[[Any], Any] = getattr(nnx, "as_pure", None) or nnx.pure
 
 
 class _Call:

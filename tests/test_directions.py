@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.problems import Quadratic
 
+import gnp_optax as gnp
 from gnp_optax import directions
 
 
@@ -94,3 +96,81 @@ def test_adaptive_direction_is_invariant_under_rescaling():
     one = ascend(directions.adaptive(0.0), jnp.asarray(g), jnp.asarray(w))
     two = ascend(directions.adaptive(0.0), jnp.asarray(g / scale), jnp.asarray(w * scale))
     np.testing.assert_allclose(two, one * scale, rtol=1e-5)
+
+
+LAYERS = {"body": {"w": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}, "head": jnp.array([-2.0])}
+
+
+def test_unnormalized_is_the_gradient():
+    got = ascend(directions.unnormalized(), LAYERS)
+    jax.tree.map(np.testing.assert_array_equal, got, LAYERS)
+
+
+def test_per_layer_moves_every_layer_by_the_same_distance():
+    got = ascend(directions.per_layer(), LAYERS)
+    np.testing.assert_allclose(got["body"]["w"], [3 / 13, 4 / 13], rtol=1e-6)
+    np.testing.assert_allclose(got["body"]["b"], [12 / 13], rtol=1e-6)
+    np.testing.assert_allclose(got["head"], [-1], rtol=1e-6)
+    np.testing.assert_allclose(total_norm(got), 2**0.5, rtol=1e-6)
+
+
+def test_sign_is_the_worst_in_the_maximum_norm():
+    got = ascend(directions.sign(), {**LAYERS, "still": jnp.zeros(2)})
+    assert [x.tolist() for x in jax.tree.leaves(got)] == [[1], [1, 1], [-1], [0, 0]]
+    complex_one = ascend(directions.sign(), jnp.array([3.0 - 4.0j], jnp.complex64))
+    np.testing.assert_allclose(complex_one, [0.6 + 0.8j], rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.6, 1.0])
+def test_friendly_in_closed_form_over_four_steps(x64, sigma):
+    rng, decay = np.random.default_rng(0), 0.7
+    direction = directions.friendly(sigma, decay)
+    state = direction.init(jnp.zeros(5))
+    mean = None
+    for _ in range(4):
+        g = rng.normal(size=5)
+        own = g if mean is None else g - sigma * mean
+        got, state = direction.update(jnp.asarray(g), state)
+        np.testing.assert_allclose(got, own / np.linalg.norm(own), atol=1e-14)
+        mean = g if mean is None else decay * mean + (1 - decay) * g
+        np.testing.assert_allclose(state.mean, mean, atol=1e-14)
+
+
+def test_friendly_in_a_transformation_sees_the_steps_that_are_skipped():
+    loss = lambda w: jnp.sum(w**3)  # noqa: E731
+    tx = gnp.gradient_regularization(
+        0.1, gnp.schedules.zero_warmup(1.0, 1), direction=directions.friendly(0.5, 0.9)
+    )
+    params = jnp.array([1.0, 2.0])
+    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+    np.testing.assert_allclose(state.direction_state.mean, [3, 12])
+    moved = params - 0.1
+    g = jax.grad(loss)(moved)
+    updates, _ = tx.update(g, state, moved, value_fn=loss)
+    own = np.asarray(g) - 0.5 * np.array([3, 12])
+    np.testing.assert_allclose(
+        updates, 3 * (moved + 0.1 * own / np.linalg.norm(own)) ** 2, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [directions.unnormalized, directions.per_layer, directions.sign, directions.friendly],
+)
+def test_the_family_of_a_zero_gradient_and_of_narrow_leaves(direction):
+    params = {"a": jnp.ones(3, jnp.float16), "b": jnp.zeros(())}
+    got = ascend(direction(), jax.tree.map(jnp.zeros_like, params), params)
+    assert total_norm(got) == 0
+    small = ascend(direction(), jax.tree.map(lambda w: jnp.full_like(w, 1e-4), params), params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(small))
+    assert 0 < total_norm(small) < 3
+
+
+def test_squares_of_the_norm_are_penalized_without_normalization(x64):
+    """alpha above 1, as in reinforcement learning: `g + lambda H g` of a quadratic."""
+    problem = Quadratic()
+    g = problem.gradient(problem.vector)
+    _, got = gnp.value_and_grad(problem.loss, 1e-3, 30.0, direction=directions.unnormalized())(
+        problem.params
+    )
+    np.testing.assert_allclose(problem.flat(got), g + 0.03 * problem.hessian @ g, rtol=1e-9)

@@ -23,8 +23,8 @@ PACKAGE = Path(gnp.__file__).parent
 # Each room imports only from itself and from those on the floors below it.
 FLOORS = [
     {"_core"},
-    {"directions", "schedules", "batching", "plots", "_prefix", "linen"},
-    {"_functional"},
+    {"directions", "schedules", "batching", "plots", "_prefix", "_momentum"},
+    {"_functional", "linen"},
     {"_transformation", "nnx", "masks"},
     {"_presets", "diagnostics"},
     {"__init__"},
@@ -144,8 +144,14 @@ for name, (extra, needed) in gnp._EXTRAS.items():
 PUBLIC = {
     "gradient_regularization": (
         "(r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, has_aux=False)"
+        "perturb_dtype=None, surrogate_gap=0.0, has_aux=False)"
     ),
+    "gsam": (
+        "(rho, surrogate_gap, *, direction=None, mask=None, scope='all', perturb_dtype=None, "
+        "has_aux=False)"
+    ),
+    "momentum_sam": "(rho, decay=0.9, *, mask=None)",
+    "perturbed": "(params, opt_state, *, perturb_dtype=None)",
     "sam": "(rho, *, direction=None, mask=None, scope='all', perturb_dtype=None, has_aux=False)",
     "asam": "(rho, eta=0.01, *, mask=None, scope='all', perturb_dtype=None, has_aux=False)",
     "layerwise_gradient_regularization": (
@@ -154,7 +160,7 @@ PUBLIC = {
     ),
     "value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, has_aux=False)"
+        "perturb_dtype=None, surrogate_gap=0.0, has_aux=False)"
     ),
     "schedules.r_warmup": "(r, warmup_steps)",
     "schedules.lambda_warmup": "(alpha, warmup_steps)",
@@ -162,14 +168,18 @@ PUBLIC = {
     "schedules.every": "(k, alpha)",
     "directions.normalized": "()",
     "directions.adaptive": "(eta=0.01)",
+    "directions.unnormalized": "()",
+    "directions.per_layer": "()",
+    "directions.sign": "()",
+    "directions.friendly": "(sigma=1.0, decay=0.9)",
     "masks.by_path": "(regex)",
     "masks.layers": "(*paths)",
     "masks.matrices": "()",
     "masks.stacked": "(regex, *, last)",
     "masks.top_k_layers": "(grads, k, *, budget=None, cost=None)",
     "masks.cost": (
-        "(fun, params, mask, *args, scope='all', curvature='finite_difference', has_aux=False, "
-        "**kwargs)"
+        "(fun, params, mask, *args, scope='all', curvature='finite_difference', surrogate_gap=0.0, "
+        "has_aux=False, **kwargs)"
     ),
     "batching.accumulate": "(fun, micro_batches, *, has_aux=False)",
     "batching.m_sharpness": "(gradient, m, *, parallel=1, has_aux=False)",
@@ -201,6 +211,7 @@ PUBLIC = {
         "(fun, params, *args, mask=None, batch_size=None, has_aux=False, progress=False)"
     ),
     "diagnostics.norms_by_layer": "(grads)",
+    "diagnostics.check_perturbed": "(step, *args, **kwargs)",
     "diagnostics.adaptive_statistics": "(opt_state, *, b2=0.999, eps=1e-08)",
     "diagnostics.random_direction": "(key, params, *, mask=None)",
     "diagnostics.loss_along": (
@@ -215,8 +226,9 @@ PUBLIC = {
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, has_aux=False, wrt=Param)"
+        "perturb_dtype=None, surrogate_gap=0.0, has_aux=False, wrt=Param)"
     ),
+    "nnx.perturbed": "(model, optimizer, *, perturb_dtype=None)",
     "plots.curve_style": "(n)",
     "plots.band": "(ax, x, values, label, *, style=None)",
     "plots.schedules": "(ax, schedules, steps)",
@@ -275,7 +287,8 @@ def test_one_home_per_name():
 def test_all_lists_what_is_public():
     assert sorted(gnp.__all__) == gnp.__all__
     assert {name.partition(".")[0] for name in PUBLIC} - set(gnp._EXTRAS) == set(gnp.__all__) - {
-        "GradientRegularizationState"
+        "GradientRegularizationState",
+        "MomentumSAMState",
     }
     public_diagnostics = {name.partition(".")[2] for name in PUBLIC if "diagnostics." in name}
     results = {name for name in gnp.diagnostics.__all__ if name[0].isupper()}

@@ -33,6 +33,13 @@ def check_scalar_or_schedule(name: str, value: Any) -> None:
         check_scalar(name, value)
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raise unless `value` is a share that is kept from step to step: a scalar in [0, 1)."""
+    check_scalar(name, value)
+    if not isinstance(value, jax.core.Tracer) and not float(value) < 1:
+        raise ValueError(f"{name} must be less than 1, got {float(value)!r}.")
+
+
 def check_integer(name: str, value: Any, *, at_least: int) -> None:
     """Raise unless `value` is an integer that is large enough."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

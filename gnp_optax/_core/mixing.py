@@ -26,11 +26,27 @@ def unless_zero(
     return skip() if is_known_to_be(0, alpha) else run()
 
 
+@numerics.promoting
 def mixture(
-    g: Gradient, second: SecondGradient, r: jax.typing.ArrayLike, alpha: jax.typing.ArrayLike
+    g: Gradient,
+    second: SecondGradient,
+    r: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike,
+    gap: jax.typing.ArrayLike = 0.0,
 ) -> Gradient:
-    """Return the regularized gradient; g where g~ is not received."""
-    if second.curvature is None:
+    """Return the regularized gradient; g where g~ is not received.
+
+    With a weight of the surrogate gap, `g~ - gap (g - <u, g> u)` takes the place of g~, for
+    `u = g~ / ||g~||` over all that receives it.
+    """
+    if not is_known_to_be(0, gap):
+        along = _along(g, second.tilde)  # <u, g> / ||g~||
+        mixed = perturbation.combined(
+            lambda g, t: mix(g, (1 + gap * along) * numerics.widen(t) - gap * g, alpha),
+            g,
+            second.tilde,
+        )
+    elif second.curvature is None:
         mixed = perturbation.combined(lambda g, t: mix(g, t, alpha), g, second.tilde)
     else:
         # `g + alpha r H d`: to mix g and g~ would lose the difference in rounding for a small r.
@@ -42,6 +58,18 @@ def mixture(
         for pair in zip(mixed, g, strict=True)
     )
     return first, others
+
+
+@numerics.promoting
+def _along(g: Gradient, tilde: Gradient) -> jax.Array:
+    """Return `<g~, g> / ||g~||^2` over what receives g~; 0 where that is 0."""
+    pairs = zip([*g[0], *g[1]], [*tilde[0], *tilde[1]], strict=True)
+    received = [(g, t) for g, t in pairs if t is not None]
+    norm = numerics.norm([t for _, t in received])
+    # Of the one of norm 1, whose products do not underflow.
+    units = numerics.divide([t for _, t in received], norm)
+    products = [numerics.product(u, g) for u, (g, _) in zip(units, received, strict=True)]
+    return numerics.divide(jnp.asarray(sum(products)), norm)
 
 
 @numerics.promoting

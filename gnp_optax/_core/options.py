@@ -22,6 +22,7 @@ class Options:
         scope: Which leaves receive g~: "all", or those under the mask.
         curvature: How g~ is found: at the perturbed parameters, or by a Hessian-vector product.
         perturb_dtype: The least type of the perturbed parameters, or None for their own.
+        surrogate_gap: Weight of what is orthogonal to g~ in g, GSAM's alpha.
         has_aux: Whether the loss returns `(loss, aux)`.
     """
 
@@ -30,6 +31,7 @@ class Options:
     scope: Scope
     curvature: Curvature
     perturb_dtype: jax.typing.DTypeLike | None
+    surrogate_gap: jax.typing.ArrayLike
     has_aux: bool
 
     def __post_init__(self) -> None:
@@ -37,5 +39,6 @@ class Options:
         checks.check_scope(self.scope)
         checks.check_curvature(self.curvature)
         checks.check_perturb_dtype(self.perturb_dtype, self.curvature)
+        checks.check_scalar("surrogate_gap", self.surrogate_gap)
         selection.check_mask(self.mask)
         checks.check_direction(self.direction)

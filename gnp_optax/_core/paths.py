@@ -15,8 +15,7 @@ def leaf_paths(tree: PyTree) -> list[str]:
     list: `blocks_0/attention/kernel`, so that a list of modules in NNX or Equinox has the same
     paths as in linen. The box of an NNX `Variable` or of `nn.Partitioned` is no part of a path.
     """
-    boxes = _flax_boxes()
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, boxes))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
     paths: list[str] = []
     for path, node in nodes:
         paths += [_join(path)] * len(jax.tree.leaves(node))
@@ -37,7 +36,8 @@ def _join(path: tuple[Any, ...]) -> str:
     return joined
 
 
-def _flax_boxes() -> tuple[type, ...]:
+def is_box(node: object) -> bool:
+    """Whether a node of a tree is the box of a leaf: an NNX `Variable`, an `nn.Partitioned`."""
     # Only a program that has imported Flax can hold its boxes: never import it here.
     names = (
         ("flax.nnx", "Variable"),
@@ -45,4 +45,4 @@ def _flax_boxes() -> tuple[type, ...]:
         ("flax.core.meta", "AxisMetadata"),
     )
     found = (vars(sys.modules[m]).get(name) for m, name in names if m in sys.modules)
-    return tuple(box for box in found if box is not None)
+    return isinstance(node, tuple(box for box in found if box is not None))

@@ -72,10 +72,6 @@ def _cosine(
     In float32 for norms from 1e-18 to 1e18: the leaves are not normalized before they are
     multiplied, since the copies would be kept in memory through the second pass.
     """
-    # A sum of products, not `vdot`: XLA fuses it, and it does not flatten a sharded leaf.
-    products = (
-        jnp.sum(jnp.real(jnp.conj(numerics.widen(a)) * numerics.widen(b)))
-        for a, b in zip(first, second, strict=True)
-    )
+    products = (numerics.product(a, b) for a, b in zip(first, second, strict=True))
     total = jnp.asarray(sum(products))
     return numerics.divide(numerics.divide(total, first_norm), second_norm)

@@ -110,6 +110,18 @@ def _check_bools(prefix: PyTree) -> None:
             )
 
 
+def leaves_like(treedef: Any, gradient: PyTree) -> list[Any]:
+    """Return what a gradient has in the places of the leaves of the parameters."""
+    try:
+        found: list[Any] = treedef.flatten_up_to(gradient)
+    except ValueError as error:
+        raise ValueError(
+            f"The gradient has another structure than the parameters. Gradient: "
+            f"{jax.tree.structure(gradient)}. Parameters: {treedef}."
+        ) from error
+    return found
+
+
 class Parts:
     """How a mask divides the leaves of the parameters.
 
@@ -124,13 +136,7 @@ class Parts:
 
     def divide(self, tree: PyTree) -> tuple[Arrays, Arrays]:
         """Return the perturbed and the unperturbed arrays of a tree like the parameters."""
-        try:
-            leaves = self._treedef.flatten_up_to(tree)
-        except ValueError as error:
-            raise ValueError(
-                f"The gradient has another structure than the parameters. Gradient: "
-                f"{jax.tree.structure(tree)}. Parameters: {self._treedef}."
-            ) from error
+        leaves = leaves_like(self._treedef, tree)
         parts: tuple[Arrays, Arrays] = ([], [])
         for leaf, runs in zip(leaves, self._runs, strict=True):
             for selected, layers in runs:

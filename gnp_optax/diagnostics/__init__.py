@@ -51,6 +51,7 @@ from gnp_optax.diagnostics._landscape import (
 )
 from gnp_optax.diagnostics._layer_norms import LayerNorms, layer_gradient_norms, norms_by_layer
 from gnp_optax.diagnostics._moments import AdaptiveStatistics, adaptive_statistics
+from gnp_optax.diagnostics._perturbed import check_perturbed
 from gnp_optax.diagnostics._sharpness import MSharpness, Sharpness, m_sharpness, sharpness
 from gnp_optax.diagnostics._spectrum import Spectrum, hessian_spectrum, spectral_density
 from gnp_optax.diagnostics._worst_case import WorstCase, worst_case_sharpness
@@ -67,6 +68,7 @@ __all__ = [
     "TraceEstimate",
     "WorstCase",
     "adaptive_statistics",
+    "check_perturbed",
     "hessian_eigenvalues",
     "hessian_spectrum",
     "hessian_trace",

@@ -188,7 +188,7 @@ class Config(
         known = set(self.methods) <= set(get_args(Method))
         if not self.methods or not known or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--methods must be some of {get_args(Method)}, each of them once.")
-        for method in ("layerwise-budget", "layerwise-last"):
+        for method in ("layerwise-budget", "layerwise-last", "hybrid-sam"):
             if method in self.methods and self.budget is None:
                 raise ValueError(f"The method {method} needs --budget, such as 1.25.")
         decays = [s for s in self.settings if s.startswith("plain-weight-decay:weight_decay=")]

@@ -22,6 +22,9 @@ Method = Literal[
     "sam-every-2",
     "sam-every-5",
     "sam-last-quarter",
+    "momentum-sam",
+    "stale-sam",
+    "hybrid-sam",
     "layerwise",
     "layerwise-1",
     "layerwise-2",
@@ -58,7 +61,12 @@ class Selection(NamedTuple):
 
 
 def selection(method: Method, layers: int, budget: float | None) -> Selection | None:
-    """Return how the method selects its layers; `None` for a method that perturbs all of them."""
+    """Return how the method selects the layers that it perturbs along the fresh gradient.
+
+    `None` for a method that perturbs all of them, or none.
+    """
+    if method == "hybrid-sam":
+        return Selection("last", None, budget)
     kind, _, rest = method.partition("-")
     if kind != "layerwise":
         return None
@@ -79,6 +87,16 @@ def selection(method: Method, layers: int, budget: float | None) -> Selection | 
             raise ValueError(f"There is no method {method!r}.")
 
 
+def memory(method: Method) -> float | None:
+    """Return the decay of the gradients that the method remembers, to perturb along them.
+
+    `None` for a method that remembers none. What is perturbed along the fresh gradient is not along
+    these.
+    """
+    decays: dict[Method, float] = {"momentum-sam": 0.9, "stale-sam": 0.0, "hybrid-sam": 0.0}
+    return decays.get(method)
+
+
 def regularization(
     method: Method, r: float, alpha: float, steps: int, warmup_steps: int
 ) -> jax.Array:
@@ -86,9 +104,11 @@ def regularization(
     radius: optax.ScalarOrSchedule = r
     weight: optax.ScalarOrSchedule = alpha
     match method:
+        case "momentum-sam" | "stale-sam":
+            weight = 0.0
         case _ if method.startswith("plain"):
             weight = 0.0
-        case "sam":
+        case "sam" | "hybrid-sam":
             weight = 1.0
         case "sam-every-2":
             weight = schedules.every(2, 1.0)

@@ -27,6 +27,7 @@ def cost(
     *args: Any,
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
+    surrogate_gap: float = 0.0,
     has_aux: bool = False,
     **kwargs: Any,
 ) -> float:
@@ -43,6 +44,7 @@ def cost(
         *args: Further arguments of `fun`; arrays or `jax.ShapeDtypeStruct`.
         scope: As in `gnp.value_and_grad`.
         curvature: As in `gnp.value_and_grad`.
+        surrogate_gap: As in `gnp.value_and_grad`.
         has_aux: Whether `fun` returns `(loss, aux)`.
         **kwargs: Keyword arguments of `fun`, taken as constants.
 
@@ -61,9 +63,8 @@ def cost(
         >>> [round(cost(loss, params, mask, x), 1) for mask in (None, by_path("^head"))]
         [2.0, 1.1]
     """
-    regularized = _functional.value_and_grad(
-        fun, 0.1, 0.5, mask=mask, scope=scope, curvature=curvature, has_aux=has_aux
-    )
+    options = _functional.resolve(None, mask, scope, curvature, None, has_aux, surrogate_gap)
+    regularized = _functional.regularized(fun, 0.1, 0.5, options)
     plain = jax.value_and_grad(fun, has_aux=has_aux)
     counts = [
         flops(functools.partial(gradient, **kwargs), params, *args)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -113,13 +113,13 @@ class Mask:
         raise NotImplementedError
 
     def __or__(self, other: Any) -> "Union":
-        if not isinstance(other, Mask):
-            return NotImplemented
-        # Flat, so that a selection is the same mask in whatever order it was put together.
-        return Union(self._alternatives() | other._alternatives())
+        return _joined(Union, self, other)
 
-    def _alternatives(self) -> "frozenset[Mask]":
-        return self.masks if isinstance(self, Union) else frozenset({self})
+    def __and__(self, other: Any) -> "Intersection":
+        return _joined(Intersection, self, other)
+
+    def __invert__(self) -> "Mask":
+        return self.mask if isinstance(self, Complement) else Complement(self)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,12 +130,64 @@ class Union(Mask):
 
     def __call__(self, params: PyTree) -> PyTree:
         """Return whether each leaf is selected."""
-        return functools.reduce(
-            lambda a, b: jax.tree.map(_either, a, b), [mask(params) for mask in self.masks]
-        )
+        either = functools.partial(_leaf_by_leaf, np.logical_or)
+        return functools.reduce(either, (mask(params) for mask in self.masks))
 
     def __repr__(self) -> str:
         return " | ".join(sorted(map(repr, self.masks)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Intersection(Mask):
+    """What all of some masks select."""
+
+    masks: frozenset[Mask]
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        both = functools.partial(_leaf_by_leaf, np.logical_and)
+        return functools.reduce(both, (mask(params) for mask in self.masks))
+
+    def __repr__(self) -> str:
+        return " & ".join(
+            sorted(f"({m!r})" if isinstance(m, Union) else repr(m) for m in self.masks)
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Complement(Mask):
+    """What a mask does not select."""
+
+    mask: Mask
+
+    def __call__(self, params: PyTree) -> PyTree:
+        """Return whether each leaf is selected."""
+        return _leaf_by_leaf(np.logical_not, self.mask(params))
+
+    def __repr__(self) -> str:
+        is_several = isinstance(self.mask, (Union, Intersection))
+        return f"~({self.mask!r})" if is_several else f"~{self.mask!r}"
+
+
+Several = TypeVar("Several", Union, Intersection)
+
+
+def _joined(kind: type[Several], first: Mask, second: Any) -> Several:
+    if not isinstance(second, Mask):
+        return NotImplemented
+    # Flat, so that a selection is the same mask in whatever order it was put together.
+    each = (mask.masks if isinstance(mask, kind) else {mask} for mask in (first, second))
+    return kind(frozenset().union(*each))
+
+
+def _leaf_by_leaf(combine: Callable[..., Any], *selections: PyTree) -> PyTree:
+    """Combine selections: of each leaf a bool, or one for each of the layers that it stacks."""
+
+    def of_leaf(*flags: Any) -> Any:
+        found = combine(*flags)
+        return found if np.ndim(found) else bool(found)
+
+    return jax.tree.map(of_leaf, *selections)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -232,11 +284,6 @@ def _check_regex(name: str, regex: str) -> None:
         re.compile(regex)
     except (re.error, TypeError) as error:
         raise ValueError(f"{name}({regex!r}) is no regular expression: {error}.") from error
-
-
-def _either(first: bool | np.ndarray, second: bool | np.ndarray) -> bool | np.ndarray:
-    both = first, second
-    return first or second if all(isinstance(x, bool) for x in both) else np.logical_or(*both)
 
 
 def _paths_of(params: PyTree) -> list[str]:

@@ -234,3 +234,31 @@ def test_memory_of_the_perturbed_layers_alone(scope):
     mask = gnp.masks.by_path("layer_[67]")
     gradient = gnp.value_and_grad(loss, 0.1, 0.5, mask=mask, scope=scope)
     assert temporary_bytes(gradient, params, x) <= allowed_bytes(2)
+
+
+def test_a_surrogate_gap_behind_a_cut_costs_a_backward_pass_of_the_prefix():
+    """And `gnp.masks.cost` knows it: `1 + q`, and half to two thirds of the rest."""
+    width, depth = 64, 6
+    keys = jax.random.split(jax.random.key(0), depth)
+    params = {f"layer_{i}": jax.random.normal(k, (width, width)) / 8 for i, k in enumerate(keys)}
+    x = jax.random.normal(jax.random.key(1), (2048, width))
+
+    def loss(params, x):
+        for w in params.values():
+            x = x + jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def flops(fun):
+        return jax.jit(fun).lower(params, x).compile().cost_analysis()["flops"]
+
+    mask, q = gnp.masks.by_path("^layer_5$"), 1 / depth
+    for scope, possible in (("all", 1 + q + 2 / 3 * (1 - q)), ("masked", 1 + q)):
+        options = {"mask": mask, "scope": scope, "surrogate_gap": 0.3}
+        ratio = flops(gnp.value_and_grad(loss, 0.1, 1.0, **options)) / flops(
+            jax.value_and_grad(loss)
+        )
+        assert ratio <= possible + 0.02
+        told = gnp.masks.cost(
+            loss, params, mask, x, **{k: v for k, v in options.items() if k != "mask"}
+        )
+        assert abs(told - ratio) <= 0.03

@@ -65,6 +65,70 @@ def _state_of_multi_steps():
 
 
 CASES = {
+    # One gradient a step.
+    "momentum_rho": (lambda: gnp.momentum_sam(-0.1), ValueError, "rho must be finite and not neg"),
+    "momentum_rho_later": (
+        lambda: gnp.momentum_sam(lambda step: -0.1).init(PARAMS),
+        ValueError,
+        r"rho\(step\) must be finite and not negative",
+    ),
+    "momentum_decay": (lambda: gnp.momentum_sam(0.1, 1.0), ValueError, "decay must be less than 1"),
+    "momentum_mask": (
+        lambda: gnp.momentum_sam(0.1, mask=gnp.masks.by_path("x")).init(PARAMS),
+        ValueError,
+        "selects none of the parameters",
+    ),
+    "momentum_without_params": (
+        lambda: gnp.momentum_sam(0.1).update(PARAMS, gnp.momentum_sam(0.1).init(PARAMS)),
+        ValueError,
+        r"tx.update\(grads, opt_state, params\)",
+    ),
+    "momentum_wrong_state": (
+        lambda: gnp.momentum_sam(0.1).update(PARAMS, gnp.sam(0.1).init(PARAMS), PARAMS),
+        TypeError,
+        "has GradientRegularizationState where MomentumSAMState should be",
+    ),
+    "momentum_other_gradient": (
+        lambda: gnp.momentum_sam(0.1).update(
+            {"body": PARAMS["body"]}, gnp.momentum_sam(0.1).init(PARAMS), PARAMS
+        ),
+        ValueError,
+        "another structure than the parameters",
+    ),
+    "momentum_masked": (
+        lambda: optax.masked(gnp.momentum_sam(0.1), {"body": True, "head": False}).init(PARAMS),
+        ValueError,
+        "optax.MaskedNode",
+    ),
+    "perturbed_none": (
+        lambda: gnp.perturbed(PARAMS, optax.adam(1e-3).init(PARAMS)),
+        ValueError,
+        r"optax.chain\(gnp.momentum_sam\(rho=0.1\), optax.adamw\(1e-3\)\)",
+    ),
+    "perturbed_two": (
+        lambda: gnp.perturbed(
+            PARAMS, optax.chain(gnp.momentum_sam(0.1), gnp.momentum_sam(0.2)).init(PARAMS)
+        ),
+        ValueError,
+        "There are 2 states of gnp.momentum_sam",
+    ),
+    "perturbed_other_parameters": (
+        lambda: gnp.perturbed({"body": PARAMS["body"]}, gnp.momentum_sam(0.1).init(PARAMS)),
+        ValueError,
+        "not the parameters that the optimizer state was made for",
+    ),
+    "perturbed_dtype": (
+        lambda: gnp.perturbed(PARAMS, gnp.momentum_sam(0.1).init(PARAMS), perturb_dtype="int32"),
+        TypeError,
+        "perturb_dtype must be a floating-point type",
+    ),
+    "friendly_in_the_core": (
+        lambda: core(direction=gnp.directions.friendly()),
+        ValueError,
+        "Use the transformation",
+    ),
+    "friendly_decay": (lambda: gnp.directions.friendly(decay=1), ValueError, "less than 1"),
+    "surrogate_gap": (lambda: gnp.gsam(0.1, -1.0), ValueError, "surrogate_gap must be finite"),
     # Curvature, stacked layers, budgets.
     "curvature": (lambda: gr(curvature="hessian"), ValueError, "'exact'"),
     "curvature_core": (lambda: core(curvature=True), ValueError, "'finite_difference'"),

@@ -329,3 +329,42 @@ def test_transformation_drops_the_aux():
         with_aux, lambda p: (problem.loss(p), "anything"), problem.params, has_aux=True
     )
     np.testing.assert_array_equal(problem.flat(got), problem.flat(expected))
+
+
+# The surrogate gap.
+
+
+def guided(g, tilde, gap):
+    """GSAM's algorithm 1."""
+    u = tilde / np.linalg.norm(tilde)
+    return tilde - gap * (g - u @ g * u)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("scope", ["all", "masked"])
+@pytest.mark.parametrize("curvature", ["finite_difference", "exact"])
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_surrogate_gap_in_closed_form(alpha, curvature, scope, mask):
+    """Of a quadratic, on which exact curvature finds the same g~."""
+    problem, r, gap = Quadratic(), 0.5, 0.4
+    on = problem.selection(*(k for k in problem.sizes if mask is None or mask[k]))
+    g = problem.gradient(problem.vector)
+    tilde = problem.gradient(problem.vector + r * on * g / np.linalg.norm(on * g))
+    receives = np.ones_like(on) if scope == "all" else on
+    at = np.flatnonzero(receives)
+    expected = g.copy()
+    expected[at] = (1 - alpha) * g[at] + alpha * guided(g[at], tilde[at], gap)
+    options = {"mask": mask, "scope": scope, "curvature": curvature, "surrogate_gap": gap}
+    for got in both_forms(problem.loss, problem.params, r, alpha, **options):
+        np.testing.assert_allclose(problem.flat(got), expected, rtol=0, atol=1e-12)
+
+
+def test_gsam_is_sam_with_a_surrogate_gap():
+    params, loss, x, y = mlp(dtype=jnp.float64)
+    of_params = lambda p: loss(p, x, y)  # noqa: E731
+    got, _ = through_transformation(gnp.gsam(0.1, 0.3), of_params, params)
+    _, expected = gnp.value_and_grad(loss, 0.1, 1.0, surrogate_gap=0.3)(params, x, y)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-13), got, expected)
+    none, _ = through_transformation(gnp.gsam(0.1, 0.0), of_params, params)
+    sam, _ = through_transformation(gnp.sam(0.1), of_params, params)
+    jax.tree.map(np.testing.assert_array_equal, none, sam)

@@ -286,3 +286,33 @@ def test_parameters_sharded_over_the_devices_stay_so():
     # The head's parameters are two of four, one of them in one piece on every device.
     assert gathers["head"] <= gathers["plain"] + 1
     assert gathers["masked"] <= gathers["plain"] + 1
+
+
+def test_momentum_sam_on_sharded_parameters():
+    """The numbers of one device, the memory sharded as the parameters, no parameter gathered."""
+    run_on_eight_devices(
+        """
+        spec = {"body": {"kernel": P(None, "data"), "bias": P("data")},
+                "head": {"kernel": P("data", None), "bias": P()}}
+        is_spec = lambda s: isinstance(s, P)
+        tx = optax.chain(gnp.momentum_sam(0.2), optax.adam(1e-2))
+
+        @jax.jit
+        def step(params, state, x, y):
+            grads = jax.grad(loss)(gnp.perturbed(params, state), x, y)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        def run(params, x, y):
+            state = jax.jit(tx.init)(params)
+            for _ in range(3):
+                params, state = step(params, state, x, y)
+            return params, state
+
+        sharded = jax.tree.map(lambda s, w: put(w, s), spec, params, is_leaf=is_spec)
+        got, state = run(sharded, *put((x, y), P("data")))
+        check(got, run(params, x, y)[0])
+        kernel = state[0].momentum["body"]["kernel"]
+        assert kernel.sharding.is_equivalent_to(sharded["body"]["kernel"].sharding, kernel.ndim)
+        """
+    )

@@ -340,3 +340,81 @@ def test_nnx_optimizer_hands_the_loss_to_the_transformation():
         after,
         expected,
     )
+
+
+# SAM at one gradient a step.
+
+
+def test_linen_train_state_knows_the_perturbed_parameters():
+    tx = optax.chain(gnp.momentum_sam(0.2), optax.adamw(1e-2))
+    state = TrainState.create(apply_fn=None, params={"w": jnp.array([3.0, 4.0])}, tx=tx)
+
+    @jax.jit
+    def step(state):
+        grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(state.perturbed_params)
+        return state.apply_gradients(grads=grads)
+
+    np.testing.assert_array_equal(state.perturbed_params["w"], state.params["w"])
+    for _ in range(3):
+        state = step(state)
+        expected = gnp.perturbed(state.params, state.opt_state)
+        np.testing.assert_array_equal(state.perturbed_params["w"], expected["w"])
+        assert differ(expected, state.params)
+
+
+def nnx_momentum_run(jit, mask=None):
+    model = NNXModel(nnx.Rngs(0))
+    tx = optax.chain(gnp.momentum_sam(0.2, mask=mask), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def step(model, optimizer, x, y):
+        there = gnp_nnx.perturbed(model, optimizer)
+        value, grads = nnx.value_and_grad(nnx_loss)(there, x, y)
+        optimizer.update(model, grads)
+        return value
+
+    step = nnx.jit(step) if jit else step
+    for _ in range(3):
+        value = step(model, optimizer, X, Y)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return params, rest, value
+
+
+@pytest.mark.parametrize("mask", [None, gnp.masks.by_path("kernel")])
+def test_nnx_momentum_sam_equals_the_core_and_advances_the_rest_once(mask):
+    params, rest, value = nnx_momentum_run(jit=True, mask=mask)
+    eager_params, eager_rest, eager_value = nnx_momentum_run(jit=False, mask=mask)
+    np.testing.assert_allclose(value, eager_value, rtol=1e-5)
+    _, plain_rest, _ = nnx_run(nnx.value_and_grad, steps=3)
+    counts = [nnx.filter_state(r, nnx.RngCount) for r in (rest, eager_rest, plain_rest)]
+    assert_same(counts[0], counts[2])
+    assert_same(counts[1], counts[2])
+
+    # The same by hand, on the split model.
+    model = NNXModel(nnx.Rngs(0))
+    graphdef, expected, others = nnx.split(model, nnx.Param, ...)
+    expected = nnx.to_pure_dict(expected)
+    tx = optax.chain(gnp.momentum_sam(0.2, mask=mask), optax.sgd(0.1))
+    opt_state = tx.init(expected)
+
+    def loss(params, others):
+        state = nnx.State(params)
+        rebuilt = nnx.merge(graphdef, state, others, copy=True)
+        value = nnx_loss(rebuilt, X, Y)
+        return value, nnx.split(rebuilt, nnx.Param, ...)[2]
+
+    for _ in range(3):
+        there = gnp.perturbed(expected, opt_state)
+        (_, others), grads = jax.value_and_grad(loss, has_aux=True)(there, others)
+        updates, opt_state = tx.update(grads, opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    for got in (params, eager_params):
+        pure = nnx.to_pure_dict(got)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), pure, expected)
+
+
+def test_nnx_perturbed_without_the_transformation():
+    model = NNXModel(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
+    with pytest.raises(ValueError, match=r"no state of gnp\.momentum_sam"):
+        gnp_nnx.perturbed(model, optimizer)

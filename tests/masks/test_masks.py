@@ -74,13 +74,35 @@ def test_top_k_layers_in_float16_does_not_overflow():
         masks.matrices,
         lambda: masks.layers("head"),
         lambda: masks.top_k_layers(jax.grad(mlp()[1])(*[mlp()[i] for i in (0, 2, 3)]), 1),
+        lambda: masks.stacked("^blocks", last=2) | masks.by_path("^head"),
+        lambda: ~masks.by_path("^head"),
+        lambda: ~(masks.matrices() | masks.layers("head")) & masks.by_path("a"),
+        lambda: (masks.by_path("a") | masks.by_path("b")) & ~(masks.matrices() & masks.layers("c")),
     ],
 )
 def test_masks_are_hashable_values_and_print_as_code(make):
     one, two = make(), make()
     assert one == two
     assert hash(one) == hash(two)
-    assert eval(f"masks.{one!r}") == one
+    assert eval(repr(one), vars(masks)) == one
+
+
+def test_complement_and_intersection():
+    params = {"blocks": jnp.zeros((3, 2, 2)), "head": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    stacked, head = masks.stacked("^blocks", last=1), masks.by_path("^head")
+    late = stacked | head
+    assert ~~late == late
+    expected = {"blocks": [True, True, False], "head": False, "bias": True}
+    jax.tree.map(np.testing.assert_array_equal, (~late)(params), expected)
+    expected = {"blocks": [True, True, False], "head": False, "bias": False}
+    both = ~late & masks.matrices()
+    jax.tree.map(np.testing.assert_array_equal, both(params), expected)
+    assert both == masks.matrices() & ~late
+    assert head & (stacked & late) == (late & head) & stacked
+    assert masks.matrices() & ~head == masks.matrices() & ~masks.by_path("^head")
+    for combine in (lambda: late & True, lambda: late | {"head": True}):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            combine()
 
 
 def test_the_order_of_layers_makes_no_difference():

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,23 +11,12 @@ import numpy as np
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
 from gnp_optax.experiments.training.evaluation import Lift, early_statistics
-from gnp_optax.experiments.training.steps import Scheduled, State, Steps
+from gnp_optax.experiments.training.steps import Kind, Scheduled, State, Steps
 
 # So many steps of an epoch have their statistics recorded.
 _SAMPLES = 4
 # Runs that are trained together take their steps at the same time.
 TOGETHER = State._make([0, 0, None, 0, 0])
-
-
-class Kind(NamedTuple):
-    """What a step is compiled for: a mask, a weight (`None`: it changes from step to step).
-
-    With `is_split` the regularizer is kept out of the optimizer's second moments.
-    """
-
-    mask: Any
-    alpha: float | None
-    is_split: bool
 
 
 class Epochs:
@@ -58,15 +47,15 @@ class Epochs:
         self._shuffle = jax.jit(lift(self._batches, (0,)))
 
     def train(
-        self, state: State, train: Split, scheduled: Scheduled, mask: Any, is_split: bool
+        self, state: State, train: Split, scheduled: Scheduled, kind: Kind
     ) -> tuple[State, np.ndarray, dict[str, np.ndarray], float]:
         """Return the next state, mean loss, early statistics, and the seconds that it took.
 
-        `scheduled` has what holds at every step of the epoch.
+        `scheduled` has what holds at every step of the epoch, and the weight is taken from it.
         """
         batches, key = self._shuffle(state.key)
         weights = set(np.asarray(scheduled.alpha).tolist())
-        kind = Kind(mask, weights.pop() if len(weights) == 1 else None, is_split)
+        kind = kind._replace(alpha=weights.pop() if len(weights) == 1 else None)
         given = jax.device_put(scheduled, self._replicated)
         inputs = (state._replace(key=key), train, batches, given)
         run = self._compile(inputs, kind)
@@ -99,7 +88,6 @@ class Epochs:
     def _compile(self, inputs: tuple[Any, ...], kind: Kind) -> Callable[..., Any]:
         """Compile before the clock runs."""
         if kind not in self.compiled:
-            update = self._steps.split if kind.is_split else self._steps.regularized
 
             def of_run(
                 state: State, train: Split, batches: jax.Array, at: Scheduled
@@ -110,7 +98,7 @@ class Epochs:
                 chosen = Split(*(joined(jax.vmap(lambda x, i: x[i])(x, batches[i])) for x in train))
                 images = self._steps.network.data.augment(keys[0], chosen.images)
                 batch = chosen._replace(images=images)
-                loss, grads, state = update(state, batch, keys[1], at, kind.mask)
+                loss, grads, state = self._steps.take(state, batch, keys[1], at, kind)
                 optimizer = self._config.optimizer
                 early = early_statistics(optimizer, at.is_sampled, grads, state.opt_state)
                 return state, (loss, early)

@@ -8,6 +8,7 @@ import jax
 import optax
 
 import gnp_optax as gnp
+from gnp_optax._core.options import Scope
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
 from gnp_optax.experiments.models.network import Network, Params, Statistics
@@ -39,23 +40,64 @@ class Scheduled(NamedTuple):
     is_sampled: Any  # whether the statistics of the optimizer are recorded
 
 
+class Memory(NamedTuple):
+    """How gradients are remembered, to perturb along them.
+
+    Attributes:
+        decay: Share that is kept from step to step.
+        mask: Which leaves are perturbed so.
+    """
+
+    decay: float
+    mask: Any
+
+
+class Kind(NamedTuple):
+    """What a step is compiled for.
+
+    Attributes:
+        mask: Which leaves are perturbed along the fresh gradient.
+        alpha: The weight of the gradient there; `None` if it changes from step to step.
+        memory: What is perturbed along gradients of before, if anything.
+        is_split: Whether the regularizer is kept out of the optimizer's second moments.
+    """
+
+    mask: Any
+    alpha: float | None
+    memory: Memory | None
+    is_split: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The two kinds of steps, with radius and weight r and alpha on the leaves under a mask."""
+    """A step of each kind, with r and alpha for radius and weight."""
 
     network: Network
     config: Config
 
-    def regularized(
-        self, state: State, batch: Split, key: jax.Array, at: Scheduled, mask: Any
+    def optimizer(
+        self, at: Scheduled, memory: Memory | None
+    ) -> optax.GradientTransformationExtraArgs:
+        """Return the optimizer that a step hands its gradient to."""
+        rule = optimizer(self.config, at.learning_rate, at.weight_decay)
+        if memory is None:
+            return rule
+        return optax.chain(gnp.momentum_sam(at.r, memory.decay, mask=memory.mask), rule)
+
+    def take(
+        self, state: State, batch: Split, key: jax.Array, at: Scheduled, kind: Kind
     ) -> Outcome:
-        """Give the optimizer the regularized gradient."""
-        gradient = self._gradient(at, mask)
-        (loss, statistics), grads = gradient(state.params, batch, state.statistics, key)
-        updated = self._optimizer(at).update(grads, state.opt_state, state.params)
+        """Take a step."""
+        if kind.is_split:
+            return self._split(state, batch, key, at, kind.mask)
+        params = state.params
+        there = gnp.perturbed(params, state.opt_state) if kind.memory else params
+        gradient = self._gradient(at, kind)
+        (loss, statistics), grads = gradient(there, batch, state.statistics, key)
+        updated = self.optimizer(at, kind.memory).update(grads, state.opt_state, params)
         return loss, grads, _next(state, statistics, *updated)
 
-    def split(
+    def _split(
         self, state: State, batch: Split, key: jax.Array, at: Scheduled, mask: Any
     ) -> Outcome:
         """Keep the regularizer out of the optimizer's second moments."""
@@ -67,21 +109,18 @@ class Steps:
         (loss, statistics), plain = jax.value_and_grad(of_params, has_aux=True)(params)
         regularize = gnp.gradient_regularization(at.r, at.alpha, mask=mask, has_aux=True)
         grads, _ = regularize.update(plain, regularize.init(params), params, value_fn=of_params)
-        updated = plain_statistics(self._optimizer(at)).update(
+        updated = plain_statistics(self.optimizer(at, None)).update(
             grads, state.opt_state, params, plain_gradient=plain
         )
         return loss, grads, _next(state, statistics, *updated)
 
-    def _optimizer(self, at: Scheduled) -> optax.GradientTransformationExtraArgs:
-        return optimizer(self.config, at.learning_rate, at.weight_decay)
-
-    def _gradient(self, at: Scheduled, mask: Any) -> Callable[..., Any]:
+    def _gradient(self, at: Scheduled, kind: Kind) -> Callable[..., Any]:
         def loss(params: Params, batch: Split, keys: jax.Array, *, statistics: Any) -> Any:
             # Every example comes with a key, so that every group has one of its own.
             return self.network.loss(params, *batch, statistics, keys[0], at.label_smoothing)
 
         gradient = gnp.value_and_grad(
-            loss, at.r, at.alpha, mask=mask, scope="all" if mask is None else "masked", has_aux=True
+            loss, at.r, at.alpha, mask=kind.mask, scope=scope(kind), has_aux=True
         )
         m = self.config.m
         if m is not None:
@@ -95,6 +134,14 @@ class Steps:
             return (value, jax.tree.map(lambda x: x.mean(0), each)), grads
 
         return of_batch
+
+
+def scope(kind: Kind) -> Scope:
+    """Return who receives the gradient at perturbed layers: these alone, as in layer-wise GR.
+
+    Where the other layers are perturbed as well, all of them.
+    """
+    return "all" if kind.mask is None or kind.memory else "masked"
 
 
 def _next(state: State, statistics: Statistics, updates: Params, opt_state: Any) -> State:

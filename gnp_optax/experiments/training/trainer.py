@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import gnp_optax as gnp
+from gnp_optax._core import paths
+from gnp_optax._core.options import Scope
 from gnp_optax.experiments import methods
 from gnp_optax.experiments.config import Config, option
 from gnp_optax.experiments.data.datasets import Data, Split, noisy
@@ -22,7 +24,14 @@ from gnp_optax.experiments.training.devices import Devices, is_first
 from gnp_optax.experiments.training.epochs import TOGETHER, Epochs, joined
 from gnp_optax.experiments.training.evaluation import UNTESTED, Evaluation, rounded
 from gnp_optax.experiments.training.records import Epoch, Metrics
-from gnp_optax.experiments.training.steps import Scheduled, State, Steps
+from gnp_optax.experiments.training.steps import (
+    Kind,
+    Memory,
+    Scheduled,
+    State,
+    Steps,
+    scope,
+)
 
 
 class Trainer:
@@ -65,10 +74,8 @@ class Trainer:
         self._labels = jax.jit(self._lift(self._noisy, (0, None, None)))
         self._numbers = devices.numbers(each)
         self.evaluation = Evaluation(self.network, config.r, data, self._lift, devices.replicated)
-        self._init = jax.jit(
-            self._lift(self._initial_state, (0,), TOGETHER), out_shardings=devices.replicated
-        )
-        self._cost_of: Callable[[Any], float] = functools.cache(self._count_cost)
+        self._init = functools.cache(self._compiled_init)
+        self._cost_of: Callable[[Any, Scope], float] = functools.cache(self._count_cost)
 
     def run(
         self,
@@ -84,7 +91,8 @@ class Trainer:
         """
         config = dataclasses.replace(self.config.own(method), **(settings or {}))
         numbers = jnp.asarray(seeds if self.config.seeds_together else seeds[0])
-        fresh: State = self._init(numbers)
+        kind = self._kind(config, method)
+        fresh: State = self._init(kind.memory)(numbers)
         if config.pretrained:
             fresh = checkpoints.pretrained(config.pretrained, fresh)
         start, done = checkpoint.load(fresh) if checkpoint else (fresh, [])
@@ -96,7 +104,7 @@ class Trainer:
         elif self.config.seeds_together:
             labels = jnp.broadcast_to(train.labels, (len(seeds), *train.labels.shape))
             train = train._replace(labels=labels)
-        for metrics, state in self._epochs(config, method, start, train, done):
+        for metrics, state in self._epochs(config, method, kind, start, train, done):
             # Before anything is kept: a run that has diverged is never a finished one.
             if not np.isfinite(metrics["train_loss"]).all():
                 named = ", ".join(map(str, seeds))
@@ -113,13 +121,30 @@ class Trainer:
                 checkpoints.keep_parameters(self.config, (method, seeds[0]), state)
             yield each
 
+    def _kind(self, config: Config, method: Method) -> Kind:
+        """Return what a step of the method is compiled for, as far as that does not change."""
+        selects = methods.selection(method, config.layers, config.budget)
+        decay = methods.memory(method)
+        mask = None
+        if selects is not None and selects.order != "norm":
+            mask = self._blocks(selects, "masked" if decay is None else "all")
+        memory = None if decay is None else Memory(decay, None if mask is None else ~mask)
+        return Kind(mask, None, memory, is_split=method == "gr-plain-statistics")
+
     def _epochs(
-        self, config: Config, method: Method, state: State, train: Split, done: list[Epoch]
+        self,
+        config: Config,
+        method: Method,
+        kind: Kind,
+        state: State,
+        train: Split,
+        done: list[Epoch],
     ) -> Iterator[tuple[Metrics, State]]:
         """Go on after the epochs that are done; yield metrics and state of each further epoch."""
         schedule = self._schedule(config, method)
         selects = methods.selection(method, config.layers, config.budget)
-        shows_layers = method == "plain" or (selects is not None and selects.order == "norm")
+        changes = selects is not None and selects.order == "norm"
+        shows_layers = method == "plain" or changes
         masks: list[Any] = []  # those of this run, the latest last
         for finished in done:
             if finished[0]["perturbed_layers"]:
@@ -127,13 +152,12 @@ class Trainer:
         probe = self._of_probe(train)
         grads, metrics = self.evaluation.probe(state, probe)
         for epoch in range(len(done), config.epochs):
-            norms = metrics["layer_norms"]
-            mask = None if selects is None else self._select(grads, norms, selects, masks)
+            if selects is not None and changes:
+                mask = self._select(grads, metrics["layer_norms"], selects, masks)
+                kind = kind._replace(mask=mask)
             first = epoch * self.steps_per_epoch
             scheduled = Scheduled(*(x[first : first + self.steps_per_epoch] for x in schedule))
-            state, train_loss, early, seconds = self.epochs.train(
-                state, train, scheduled, mask, is_split=method == "gr-plain-statistics"
-            )
+            state, train_loss, early, seconds = self.epochs.train(state, train, scheduled, kind)
             is_tested = (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
             grads, metrics = self.evaluation.probe(state, probe)
             yield (
@@ -143,10 +167,10 @@ class Trainer:
                     **metrics,
                     **(self.evaluation.test(state) if is_tested else UNTESTED),
                     "gradients_per_step": 1
-                    + (self._cost_of(mask) - 1 if mask else 1)
+                    + (self._cost_of(kind.mask, scope(kind)) - 1 if kind.mask else 1)
                     * float((scheduled.alpha != 0).mean()),
                     "seconds_per_step": seconds / self.steps_per_epoch,
-                    "perturbed_layers": list(mask.paths) if mask else None,
+                    "perturbed_layers": list(kind.mask.paths) if kind.mask else None,
                     **({} if shows_layers else {"layer_norms": {}}),
                     "early": early if scheduled.is_sampled.any() else {},
                 },
@@ -175,37 +199,48 @@ class Trainer:
     def _noisy(self, seed: jax.Array, labels: jax.Array, numbers: jax.Array) -> jax.Array:
         return noisy(labels, numbers, seed, self.config.label_noise, self.data.classes)
 
-    def _initial_state(self, seed: jax.Array) -> State:
-        init_key, key = jax.random.split(jax.random.key(seed))
-        example = Split(*(x[:1] for x in self.data.test))
-        params, statistics = self.network.init(init_key, example)
-        optimizer = optimizers.optimizer(self.config, 0.0, 0.0)
-        return State(params, optimizer.init(params), jnp.zeros([], jnp.int32), key, statistics)
+    def _compiled_init(self, memory: Memory | None) -> Callable[[jax.Array], State]:
+        def of_seed(seed: jax.Array) -> State:
+            init_key, key = jax.random.split(jax.random.key(seed))
+            params, statistics = self._initial(init_key)
+            nothing = Scheduled._make([0.0] * len(Scheduled._fields))
+            opt_state = self.steps.optimizer(nothing, memory).init(params)
+            return State(params, opt_state, jnp.zeros([], jnp.int32), key, statistics)
+
+        return jax.jit(self._lift(of_seed, (0,), TOGETHER), out_shardings=self.devices.replicated)
+
+    def _initial(self, key: jax.Array) -> tuple[Params, Any]:
+        return self.network.init(key, Split(*(x[:1] for x in self.data.test)))
+
+    @functools.cached_property
+    def _shapes(self) -> tuple[Params, Any]:
+        """Of parameters and statistics."""
+        return jax.eval_shape(self._initial, jax.eval_shape(lambda: jax.random.key(0)))
 
     def _select(
         self, grads: Params, norms: dict[str, float], selects: methods.Selection, masks: list[Any]
     ) -> Any:
         """Return the mask of the next epoch, and put it last in the list of the run's masks."""
-        if selects.order != "norm":
-            if not masks:
-                masks.append(self._blocks(list(norms), selects))
-            return masks[-1]
         if self.config.seeds_together:  # of which there is one gradient each
             grads = {name: {"norm": jnp.asarray(norm)} for name, norm in norms.items()}
         mask: Any = gnp.masks.top_k_layers(
             grads,
             selects.layers,
             budget=selects.budget,
-            cost=None if selects.budget is None else self._cost_of,
+            cost=None if selects.budget is None else self._cost_of_layers,
         )
         if mask not in masks and len(masks) == self.config.selections:
             return masks[-1]
         _put_last(mask, masks)
         return mask
 
-    def _blocks(self, layers: list[str], selects: methods.Selection) -> Any:
+    def _cost_of_layers(self, mask: Any) -> float:
+        return self._cost_of(mask, "masked")
+
+    def _blocks(self, selects: methods.Selection, scope: Scope) -> Any:
         """Return the mask of blocks from one end of the network on."""
         depth = self.model.depth
+        layers = dict.fromkeys(map(paths.layer_of, paths.leaf_paths(self._shapes[0])))
         places = {layer: _place(layer, depth) for layer in layers}
 
         def mask(count: int) -> Any:
@@ -214,28 +249,29 @@ class Trainer:
 
         if selects.layers is not None:
             return mask(selects.layers)
-        fitting = [n for n in range(depth + 1) if self._cost_of(mask(n)) <= (selects.budget or 2)]
+        costs = [self._cost_of(mask(n), scope) for n in range(depth + 1)]
+        fitting = [n for n, cost in enumerate(costs) if cost <= (selects.budget or 2)]
         if not fitting:
             raise ValueError(f"Not even the head fits into --budget {selects.budget}.")
         return mask(max(fitting))
 
-    def _count_cost(self, mask: Any) -> float:
+    def _count_cost(self, mask: Any, scope: Scope) -> float:
         key = jax.eval_shape(lambda: jax.random.key(0))
         images, labels = (
             jax.ShapeDtypeStruct((self.config.batch_size, *x.shape[1:]), x.dtype)
             for x in self.data.test
         )
         images = jax.eval_shape(self.data.augment, key, images)
-        state = jax.eval_shape(self._initial_state, 0)
+        params, statistics = self._shapes
         return gnp.masks.cost(
             self.network.loss,
-            state.params,
+            params,
             mask,
             images,
             labels,
-            state.statistics,
+            statistics,
             key,
-            scope="masked",
+            scope=scope,
             has_aux=True,
         )
 
