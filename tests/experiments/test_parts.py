@@ -19,7 +19,7 @@ from gnp_optax.experiments.training import optimizers
 from gnp_optax.experiments.training.checkpoints import Checkpoint, pretrained
 from gnp_optax.experiments.training.plain_statistics import plain_statistics
 from gnp_optax.experiments.training.records import Records
-from gnp_optax.experiments.training.steps import Scheduled
+from gnp_optax.experiments.training.steps import Kind, Scheduled
 from gnp_optax.experiments.training.trainer import Trainer
 
 TINY = dataclasses.replace(tiny.TINY, epochs=3)
@@ -102,13 +102,13 @@ def test_batch_statistics_are_those_of_one_clean_pass():
         images(32, 8, 3), images(8, 8, 3, seed=1), scale=255.0, mean=(0.5,), std=(0.2,)
     )
     trainer = Trainer(config, loaded)
-    state = trainer._init(0)
+    state = trainer._init(None)(0)
     batch = data.Split(*(x[:16] for x in loaded.train))
     key = jax.random.key(0)
     _, clean = trainer.network.loss(state.params, *batch, state.statistics, key)
     # One group of all examples is the batch.
     steps = dataclasses.replace(trainer.steps, config=dataclasses.replace(config, m=16))
-    _, _, after = jax.jit(steps.regularized)(state, batch, key, at(0.8), None)
+    _, _, after = jax.jit(steps.take)(state, batch, key, at(0.8), Kind())
     for a, b in zip(*map(jax.tree.leaves, (after.statistics, clean)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert np.isfinite(next(trainer.run("sam", [0]))[0]["test_loss"])
@@ -135,7 +135,7 @@ def model_head(config, loaded):
 def test_layers_compute_in_bfloat16_and_parameters_stay_float32(digits):
     config = dataclasses.replace(TINY, dtype="bfloat16")
     trainer = Trainer(config, digits)
-    state = trainer._init(0)
+    state = trainer._init(None)(0)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     program = str(
         jax.make_jaxpr(trainer.network.loss)(
@@ -218,17 +218,21 @@ def test_the_selections_before_an_interruption_count(trainer, monkeypatch):
     done = [[{"perturbed_layers": [name]}] for name in ("norm", "head")]
     config = dataclasses.replace(TINY, selections=2)
     monkeypatch.setattr(trainer, "config", config)
-    masks = []
-    train = lambda _, __, ___, mask, is_split: masks.append(mask) or stop()  # noqa: E731
+    kinds = []
+    train = lambda _, __, ___, kind: kinds.append(kind) or stop()  # noqa: E731
     monkeypatch.setattr(trainer.epochs, "train", train)
     with pytest.raises(RuntimeError, match="StopIteration"):
-        next(trainer._epochs(config, "layerwise", trainer._init(0), trainer.train, done))
-    assert masks[0].paths == ("head",)
+        next(
+            trainer._epochs(
+                config, "layerwise", Kind(), trainer._init(None)(0), trainer.train, done
+            )
+        )
+    assert kinds[0].mask.paths == ("head",)
 
 
 def test_a_checkpoint_of_other_options_is_refused(trainer, tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path)
-    state = trainer._init(0)
+    state = trainer._init(None)(0)
     Checkpoint(config, "gr", [0]).save(state, [])
     with pytest.raises(ValueError, match="was made with other options"):
         Checkpoint(dataclasses.replace(config, r=0.2), "gr", [0]).load(state)
@@ -256,7 +260,7 @@ def test_fine_tuning_starts_from_what_was_learned_with_a_new_head(digits, tmp_pa
     trainer = Trainer(config, digits)
     list(trainer.run("plain", [0]))
     path = tmp_path / "plain-0-parameters.msgpack"
-    fresh = trainer._init(1)
+    fresh = trainer._init(None)(1)
     start = pretrained(path, fresh)
     for name, layer in start.params.items():
         for a, b in zip(*map(jax.tree.leaves, (layer, fresh.params[name])), strict=True):
@@ -285,7 +289,7 @@ def test_some_classes_are_numbered_anew(digits):
 
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_diverged_run_is_never_kept(trainer, tmp_path, monkeypatch, epoch):
-    def diverging(config, method, state, train, done):
+    def diverging(config, method, kind, state, train, done):
         for i in range(len(done), TINY.epochs):
             yield {"train_loss": float("nan") if i == epoch else 1.0, "early": {}}, state
 
@@ -300,10 +304,10 @@ def test_a_damaged_checkpoint_is_named(trainer, tmp_path):
     checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), "gr", [0])
     checkpoint.path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"gr-0\.msgpack is damaged"):
-        checkpoint.load(trainer._init(0))
-    checkpoint.save(trainer._init(0), [])
+        checkpoint.load(trainer._init(None)(0))
+    checkpoint.save(trainer._init(None)(0), [])
     with pytest.raises(ValueError, match="was not written by --keep-parameters"):
-        pretrained(checkpoint.path, trainer._init(0))
+        pretrained(checkpoint.path, trainer._init(None)(0))
 
 
 def test_options_on_file_are_those_of_the_same_command(tmp_path):
@@ -338,13 +342,11 @@ def test_every_group_drops_its_own_units(digits):
     """Of two identical groups; with one key for both they would give what one gives."""
     config = dataclasses.replace(TINY, dropout=0.5, head="normal")
     trainer = Trainer(config, digits)
-    state, key = trainer._init(0), jax.random.key(0)
+    state, key = trainer._init(None)(0), jax.random.key(0)
     half = data.Split(*(x[:8] for x in digits.train))
     twice = data.Split(*(jnp.concatenate([x, x]) for x in half))
     steps = dataclasses.replace(trainer.steps, config=dataclasses.replace(config, m=8))
-    grads = [
-        jax.jit(steps.regularized)(state, batch, key, at(0.0), None)[1] for batch in (half, twice)
-    ]
+    grads = [jax.jit(steps.take)(state, batch, key, at(0.0), Kind())[1] for batch in (half, twice)]
     kernels = [g["block_0"]["mlp_out"]["kernel"] for g in grads]
     assert not np.allclose(*kernels, rtol=0.1)
 
@@ -372,7 +374,7 @@ def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(trainer, monkeyp
         kinds = []
         with pytest.raises(StopIteration):
             trainer.epochs.train(
-                trainer._init(0), trainer.train, weights(trainer, method), None, False
+                trainer._init(None)(0), trainer.train, weights(trainer, method), Kind()
             )
         assert kinds[0].alpha == alpha
 
@@ -391,7 +393,7 @@ def stop():
 
 
 def test_early_statistics_are_those_of_the_steps_after_the_gradient(trainer, digits):
-    state = trainer._init(0)
+    state = trainer._init(None)(0)
     # Weight 0 at the first step.
     early = next(trainer.run("gr-lambda-warmup", [0]))[0]["early"]
     assert {len(x) for x in early.values()} == {4}

@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from models import tiny
 
@@ -17,6 +18,7 @@ from gnp_optax.experiments.data import datasets
 from gnp_optax.experiments.measure.sweep import SweepConfig
 from gnp_optax.experiments.report import summary
 from gnp_optax.experiments.training.evaluation import rounded_weights
+from gnp_optax.experiments.training.steps import Scheduled
 from gnp_optax.experiments.training.trainer import Trainer
 
 MLP = dataclasses.replace(
@@ -161,12 +163,77 @@ def test_as_many_last_layers_as_the_budget_allows(small):
     assert taken == {*blocks[len(blocks) + 1 - len(taken) :], "head"}
     more = [*each["perturbed_layers"]]
     more += [f"{blocks[len(blocks) - len(taken)]}/{name}" for name in ("dense", "norm")]
-    costs = [trainer._cost_of(gnp.masks.layers(*x)) for x in (each["perturbed_layers"], more)]
+    costs = [
+        trainer._cost_of(gnp.masks.layers(*x), "masked") for x in (each["perturbed_layers"], more)
+    ]
     assert costs[0] <= 1.5 < costs[1]
     assert each["gradients_per_step"] == pytest.approx(costs[0])
     greedy = Trainer(dataclasses.replace(MLP, budget=1.01, epochs=1, warmup_epochs=0), small)
     with pytest.raises(ValueError, match=r"Not even the head fits into --budget 1\.01"):
         next(greedy.run("layerwise-last", [0]))
+
+
+# One gradient a step.
+
+
+def perturbed_by_hand(trainer, state, decays, late):
+    """The parameters after each step of an epoch: perturbed along a mean, and along what is fresh.
+
+    `decays` has how much of the mean is kept, and `late` which layers are perturbed afresh.
+    """
+    config, network = trainer.config, trainer.network
+    scheduled = trainer._schedule(config, "plain")
+    shuffle_key, key = jax.random.split(state.key)
+    order = np.asarray(jax.random.permutation(shuffle_key, trainer.train.labels.shape[1]))
+    mask = jax.tree.map(float, late(state.params))
+    params, memory = state.params, jax.tree.map(jnp.zeros_like, state.params)
+    opt_state = trainer.steps.optimizer(Scheduled._make([0.0] * 6), None).init(params)
+
+    def scaled(tree):
+        norm = optax.tree.norm(tree)
+        return jax.tree.map(lambda x: config.r * x / (norm if norm else 1), tree)
+
+    for t in range(trainer.steps_per_epoch):
+        batch = order[t * config.batch_size : (t + 1) * config.batch_size]
+        examples = (trainer.train.images[0][batch], trainer.train.labels[0][batch])
+
+        def grad(params, examples=examples):
+            return jax.grad(lambda p: network.loss(p, *examples, {}, key)[0])(params)
+
+        rest = jax.tree.map(lambda m, x: (1 - m) * x, mask, memory)
+        there = jax.tree.map(jnp.add, params, scaled(rest))
+        fresh = jax.tree.map(jnp.multiply, mask, grad(there))
+        grads = grad(jax.tree.map(jnp.add, there, scaled(fresh)))
+        memory = jax.tree.map(lambda m, g: decays * m + (1 - decays) * g, memory, grads)
+        at = Scheduled(*(x[t] for x in scheduled))
+        updates, opt_state = trainer.steps.optimizer(at, None).update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("method", "decay", "late"),
+    [
+        ("momentum-sam", 0.9, gnp.masks.by_path("^none")),
+        ("stale-sam", 0.0, gnp.masks.by_path("^none")),
+        ("hybrid-sam", 0.0, gnp.masks.by_path("^head")),
+    ],
+)
+def test_a_method_with_a_memory_is_the_loop_written_by_hand(small, method, decay, late):
+    config = dataclasses.replace(
+        MLP, seeds_together=False, label_noise=0.0, budget=1.2, r=0.3, warmup_epochs=0
+    )
+    trainer = Trainer(config, small)
+    kind = trainer._kind(config, method)
+    start = trainer._init(kind.memory)(0)
+    scheduled = Scheduled(
+        *(x[: trainer.steps_per_epoch] for x in trainer._schedule(config, method))
+    )
+    state, *_ = trainer.epochs.train(start, trainer.train, scheduled, kind)
+    expected = perturbed_by_hand(trainer, start, decay, late)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5), state.params, expected
+    )
 
 
 # Measurements.
@@ -185,7 +252,7 @@ def test_weights_are_rounded_to_15_values_in_every_output_channel():
 
 def test_calibration_is_confidence_beside_accuracy_in_15_bins(small):
     trainer = Trainer(dataclasses.replace(MLP, seeds_together=False, label_noise=0.0), small)
-    state = trainer._init(0)
+    state = trainer._init(None)(0)
     found = trainer.evaluation.test(state)
     p = np.asarray(jax.nn.softmax(trainer.network.logits(state.params, {}, small.test.images)))
     confidence, correct = p.max(1), p.argmax(1) == np.asarray(small.test.labels)

@@ -82,6 +82,8 @@ def formulas(method, config, steps, warmup_steps):
         ),
         "sam": (r, np.ones(steps)),
         "sam-every-2": (r, 1.0 * (t % 2 == 0)),
+        "hybrid-sam": (r, np.ones(steps)),
+        **dict.fromkeys(("momentum-sam", "stale-sam"), (r, np.zeros(steps))),
         "sam-every-5": (r, 1.0 * (t % 5 == 0)),
         "sam-last-quarter": (r, 1.0 * (t >= steps * 3 // 4)),
     }.get(method, (r, alpha))
@@ -108,6 +110,8 @@ def test_a_method_has_its_documented_radius_and_weight(method, warmup_steps):
         ("layerwise-last", ("last", None, 1.5)),
         ("layerwise-last-2", ("last", 2, None)),
         ("layerwise-first-1", ("first", 1, None)),
+        ("momentum-sam", None),
+        ("hybrid-sam", ("last", None, 1.5)),
     ],
 )
 def test_a_layerwise_method_has_its_number_of_layers_and_budget(method, expected):
@@ -475,7 +479,7 @@ def test_gradients_per_step_of_layerwise_is_what_its_layers_cost(finished, train
     for epoch in lines(finished[0])[1:]:
         if epoch["method"] == "layerwise":
             mask = gnp.masks.layers(*epoch["perturbed_layers"])
-            assert epoch["gradients_per_step"] == pytest.approx(trainer._cost_of(mask))
+            assert epoch["gradients_per_step"] == pytest.approx(trainer._cost_of(mask, "masked"))
             assert 1 < epoch["gradients_per_step"] < 2
 
 

@@ -10,7 +10,7 @@ from models import tiny
 from gnp_optax.experiments import __main__
 from gnp_optax.experiments.measure import throughput
 from gnp_optax.experiments.recipes import RECIPES
-from gnp_optax.experiments.training.steps import Scheduled
+from gnp_optax.experiments.training.steps import Kind, Scheduled
 from gnp_optax.experiments.training.trainer import Trainer
 
 
@@ -25,9 +25,9 @@ def test_bare_step_trains_as_the_comparison_does(trainer, method):
     step, state, (batch, key) = throughput.bare(trainer, method)
     alpha = 0.0 if method == "plain" else trainer.config.alpha
     r = trainer.config.r
-    start = trainer._init(0)._replace(params=state[0], opt_state=state[1])
+    start = trainer._init(None)(0)._replace(params=state[0], opt_state=state[1])
     at = Scheduled(r, alpha, 0.0, trainer.config.weight_decay, 0.0, False)
-    expected = trainer.steps.regularized(start, batch, key, at, None)[2]
+    expected = trainer.steps.take(start, batch, key, at, Kind())[2]
     state = step(*state, batch, key)
     # Adam's moments: the gradient. In the parameters it divides rounding errors by rounding errors.
     jax.tree.map(

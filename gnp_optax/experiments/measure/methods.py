@@ -55,6 +55,8 @@ def methods(workload: Workload) -> list[Method]:
         Method("layer-wise GR, head only, scope masked", layerwise(workload, head, "masked")),
         Method("exact curvature, all layers", one(gr(curvature="exact"))),
         Method(f"exact curvature, {here}", one(gr(**part, curvature="exact"))),
+        Method("one gradient (momentum SAM), all layers", one(_remembered(workload, plain))),
+        Method(f"early layers stale, {here} fresh", one(_hybrid(workload, part["mask"]))),
         Method("transformation, all layers", one(_transformed(workload))),
         Method(f"transformation, {here}", one(_transformed(workload, **part))),
         Method(
@@ -103,6 +105,29 @@ def _with_untaken_branch_removed(traced: Callable[..., Any]) -> Gradient:
     # The same program, but XLA knows that alpha is 0 and removes the branch that is never taken.
     # Of a conditional it would count the dearest branch.
     return lambda params, batch: traced(params, batch, jnp.zeros([], jnp.float32))
+
+
+def _hybrid(workload: Workload, late: Any) -> Gradient:
+    return _remembered(workload, _regularized(workload, alpha=1.0, mask=late), mask=~late)
+
+
+def _remembered(workload: Workload, gradient: Gradient, mask: Any = None) -> Gradient:
+    """Return the gradient at what `gnp.momentum_sam` perturbs; its next state comes as aux."""
+    tx = gnp.momentum_sam(R, mask=mask)
+
+    def perturbed_gradient(params: Params, batch: Batch) -> tuple[Any, Params]:
+        start: Any = tx.init(params)
+        structure: Any
+        leaves, structure = jax.tree.flatten(params)
+        absent = structure.flatten_up_to(start.momentum)
+        # Some that is no constant: the parameters.
+        memory = [w if jax.tree.leaves(m) else m for w, m in zip(leaves, absent, strict=True)]
+        state = start._replace(momentum=jax.tree.unflatten(structure, memory))
+        (loss, aux), grads = gradient(gnp.perturbed(params, state), batch)
+        updates, state = tx.update(grads, state, params)
+        return (loss, (aux, state)), updates
+
+    return perturbed_gradient
 
 
 def _transformed(workload: Workload, **options: Any) -> Gradient:

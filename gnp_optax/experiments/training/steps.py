@@ -62,10 +62,10 @@ class Kind(NamedTuple):
         is_split: Whether the regularizer is kept out of the optimizer's second moments.
     """
 
-    mask: Any
-    alpha: float | None
-    memory: Memory | None
-    is_split: bool
+    mask: Any = None
+    alpha: float | None = None
+    memory: Memory | None = None
+    is_split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

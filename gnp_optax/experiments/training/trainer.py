@@ -129,7 +129,7 @@ class Trainer:
         if selects is not None and selects.order != "norm":
             mask = self._blocks(selects, "masked" if decay is None else "all")
         memory = None if decay is None else Memory(decay, None if mask is None else ~mask)
-        return Kind(mask, None, memory, is_split=method == "gr-plain-statistics")
+        return Kind(mask, memory=memory, is_split=method == "gr-plain-statistics")
 
     def _epochs(
         self,
