@@ -239,7 +239,7 @@ def test_a_method_with_a_memory_is_the_loop_written_by_hand(small, method, decay
     state, *_ = trainer.epochs.train(start, trainer.train, scheduled, kind)
     expected = perturbed_by_hand(trainer, start, decay, late)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.params, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), state.params, expected
     )
 
 
