@@ -229,6 +229,7 @@ def test_a_method_with_a_memory_is_the_loop_written_by_hand(small, method, decay
         warmup_epochs=0,
         optimizer="sgd",
         learning_rate=0.1,
+        width=32,  # of two units normalisation would leave the signs alone
     )
     trainer = Trainer(config, small)
     kind = trainer._kind(config, method)
