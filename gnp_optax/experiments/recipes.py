@@ -165,20 +165,33 @@ _NOISY_CIFAR10 = dataclasses.replace(
     validation_examples=2000,
     image_size=16,
     augment=False,
-    epochs=30,
+    epochs=24,
     warmup_epochs=1,
     decay="cosine",
     weight_decay=5e-4,
-    test_every=5,
-    width=32,
+    test_every=2,
+    width=16,
     depth=1,
     r=0.2,
     dtype="float32",
     probe_examples=512,
+    budget=1.35,
+)
+
+# A text of 64,000 characters, which a small transformer learns by heart.
+_MEMORISED_TEXT = dataclasses.replace(
+    _SMALL_TEXT,
+    methods=("plain", "sam", "layerwise-last-1"),
+    train_examples=1000,
+    epochs=30,
+    warmup_epochs=2,
+    test_every=2,
+    r=0.1,
     budget=None,
 )
 
 RECIPES: dict[str, Config] = {
+    "memorised-text": _MEMORISED_TEXT,
     "noisy-digits": _NOISY_DIGITS,
     "digits": dataclasses.replace(_NOISY_DIGITS, label_noise=0.0),
     "noisy-digits-vit": _NOISY_DIGITS_VIT,
