@@ -20,6 +20,7 @@ class MomentumSAMState(NamedTuple):
         step: Number of updates so far, int32; the step that the next one is.
         momentum: m, the running mean of the gradients, in float32 or wider; nothing
             (`optax.MaskedNode`) in the place of a leaf that is not perturbed.
+        momentum_norm: `||m||`, so that to perturb needs no sum over the devices.
         radius: rho of the next step.
         grad_norm: `||g||` of the last step over all leaves, float32.
         perturbation_norm: Norm of the change that `perturbed` makes to the parameters that the last
@@ -28,6 +29,7 @@ class MomentumSAMState(NamedTuple):
 
     step: jax.Array
     momentum: PyTree
+    momentum_norm: jax.Array
     radius: jax.Array
     grad_norm: jax.Array
     perturbation_norm: jax.Array
@@ -100,7 +102,7 @@ def momentum_sam(
         zero, step = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
         # `optax.tree.map_params` calls `init` with a placeholder that has no leaves.
         momentum = _zeros(mask, params) if jax.tree.leaves(params) else params
-        return MomentumSAMState(step, momentum, _at(rho, step), zero, zero)
+        return MomentumSAMState(step, momentum, _norm(momentum), _at(rho, step), zero, zero)
 
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -110,7 +112,9 @@ def momentum_sam(
         step = jnp.asarray(optax.safe_increment(state.step))
         grads = [g for g in jax.tree.leaves(updates) if numerics.is_inexact(g)]
         grad_norm = jnp.asarray(numerics.norm(grads), jnp.float32)
-        following = MomentumSAMState(step, momentum, _at(rho, step), grad_norm, grad_norm)
+        following = MomentumSAMState(
+            step, momentum, _norm(momentum), _at(rho, step), grad_norm, grad_norm
+        )
         moved = _change(params, perturbed(params, following))
         return updates, following._replace(perturbation_norm=moved)
 
@@ -162,13 +166,12 @@ def perturbed(
             f"These are not the parameters that the optimizer state was made for. Parameters: "
             f"{structure}. State: {jax.tree.structure(state.momentum)}."
         ) from error
-    norm = numerics.norm([m for m in momentum if not _is_absent(m)])
 
     def moved(w: Any, m: Any) -> Any:
         if _is_absent(m):
             return w
         dtype = perturbation.perturbed_type(w, perturb_dtype)
-        direction = numerics.divide(m, norm)
+        direction = numerics.divide(m, state.momentum_norm)
         there = perturbation.perturb(w, direction, state.radius, dtype)
         # To the bit where nothing is added: of -0 a sum would make 0, of a mean that is NaN NaN.
         stays = (state.radius == 0) | (direction == 0)
@@ -254,6 +257,11 @@ def _averaged(
         selection.selected_leaves(mask, params),
     )
     return jax.tree.unflatten(structure, [mean(*x) for x in zip(*of_leaves, strict=True)])
+
+
+def _norm(momentum: PyTree) -> jax.Array:
+    # Under `optax.tree.map_params` there is nothing to be summed.
+    return numerics.norm([m for m in jax.tree.leaves(momentum) if isinstance(m, jax.Array)])
 
 
 def _change(params: PyTree, moved: PyTree) -> jax.Array:

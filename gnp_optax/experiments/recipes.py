@@ -109,7 +109,10 @@ _SMALL_TEXT = dataclasses.replace(
 # A task that plain training memorises: three of ten labels are wrong. Radii and weight decays were
 # chosen on the validation examples, with other seeds than those reported: `sweep` does it anew.
 _NOISY_DIGITS = Config(
-    methods=("plain", *CONTROLS, *WARMUPS[1:], "sam", "layerwise-last"),
+    methods=(
+        *("plain", *CONTROLS, *WARMUPS[1:], "sam", "layerwise-last"),
+        *("momentum-sam", "stale-sam", "hybrid-sam"),
+    ),
     settings=(
         *("plain-weight-decay:weight_decay=8", "plain-twice:weight_decay=2"),
         *("plain-twice:learning_rate=0.01", "plain-label-smoothing:label_smoothing=0.1"),
@@ -118,6 +121,9 @@ _NOISY_DIGITS = Config(
         *("gr-lambda-warmup:r=0.2", "gr-lambda-warmup:weight_decay=8"),
         *("gr-zero-warmup:r=0.2", "gr-zero-warmup:weight_decay=4"),
         *("layerwise-last:r=1.2", "layerwise-last:weight_decay=8"),
+        *("momentum-sam:r=0.05", "momentum-sam:weight_decay=8"),
+        *("stale-sam:r=0.1", "stale-sam:weight_decay=8"),
+        *("hybrid-sam:r=0.05", "hybrid-sam:weight_decay=8"),
     ),
     seeds=10,
     seeds_together=True,
