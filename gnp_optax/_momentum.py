@@ -91,8 +91,9 @@ def momentum_sam(
         [3.3, 4.4]
 
     References:
-        Becker et al., "Momentum-SAM", 2024, arXiv 2401.12033, section 3 (with the other sign); with
-        `decay=0` Ji et al., "A Single-Step Sharpness-Aware Minimization is All You Need", 2024.
+        Becker et al., "Momentum-SAM", 2024, arXiv 2401.12033 (with the other sign); with `decay=0`
+        Ji et al., "A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient
+        and Accurate Sparse Training", NeurIPS 2024.
     """
     checks.check_scalar_or_schedule("rho", rho)
     checks.check_share("decay", decay)

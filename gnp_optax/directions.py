@@ -113,7 +113,7 @@ def unnormalized() -> optax.GradientTransformation:
 
     References:
         Andriushchenko and Flammarion, "Towards Understanding Sharpness-Aware Minimization", ICML
-        2022, section 2; for reinforcement learning arXiv 2602.18037.
+        2022; for reinforcement learning arXiv 2602.18037.
     """
 
     def direction(g: optax.Updates, params: optax.Params | None) -> optax.Updates:
@@ -142,9 +142,8 @@ def per_layer() -> optax.GradientTransformation:
         [[0.6, 0.8], [1.0]]
 
     References:
-        Normalized by layer as You et al., "Large Batch Training of Convolutional Networks", 2017,
-        section 4, scale their steps; for SAM so tried by Mueller et al., "Normalization Layers Are
-        All That Sharpness-Aware Minimization Needs", NeurIPS 2023, appendix.
+        Normalized by layer as the steps of You et al., "Large Batch Training of Convolutional
+        Networks", 2017, are.
     """
 
     def direction(g: optax.Updates, params: optax.Params | None) -> optax.Updates:

@@ -11,6 +11,7 @@ from models.problems import Quadratic, mlp
 from models.unshared import assert_same_tree, unshared
 
 import gnp_optax as gnp
+from gnp_optax.masks._cost import flops
 
 
 def state_of(opt_state):
@@ -224,6 +225,54 @@ def test_all_layers_cost_what_a_few_do():
         for f in (hybrid, plain)
     ]
     assert costs[0] <= (1 + 1 / depth + 0.02) * costs[1]
+
+
+def test_all_layers_of_a_scanned_language_model_cost_what_the_last_do():
+    """The same, with the layers stacked for `lax.scan`; loops are counted by their length."""
+    width, depth, length, words = 32, 6, 64, 40
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "embedding": jax.random.normal(keys[0], (words, width)),
+        "blocks": {
+            "mix": jax.random.normal(keys[1], (depth, length, length)) / 8,
+            "mlp": jax.random.normal(keys[2], (depth, width, width)) / 6,
+        },
+        "head": jax.random.normal(keys[3], (width, words)) / 6,
+    }
+    tokens = jax.random.randint(keys[0], (32, length), 0, words)
+
+    def loss(params, tokens):
+        def block(x, layer):
+            x = x + jnp.tanh(jnp.einsum("ts,bsw->btw", jnp.tril(layer["mix"]), x))
+            return x + jnp.tanh(x @ layer["mlp"]), None
+
+        x, _ = jax.lax.scan(block, params["embedding"][tokens], params["blocks"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(x @ params["head"], tokens)
+        return losses.mean()
+
+    late = gnp.masks.stacked("^blocks/", last=1) | gnp.masks.by_path("^head")
+    tx = gnp.momentum_sam(0.1, 0.0, mask=~late)
+
+    def plain(params, opt_state, tokens):
+        return jax.value_and_grad(loss)(params, tokens)[1], opt_state
+
+    def hybrid(params, opt_state, tokens):
+        there = gnp.perturbed(params, opt_state)
+        _, grads = gnp.value_and_grad(loss, 0.1, 1.0, mask=late)(there, tokens)
+        return tx.update(grads, opt_state, params)
+
+    costs = [flops(f, params, tx.init(params), tokens) for f in (hybrid, plain)]
+    q = gnp.masks.cost(loss, params, late, tokens) - 1
+    assert q < 0.3
+    assert costs[0] <= (1 + q + 0.02) * costs[1]
+
+    # And the numbers are those of two gradients that share nothing.
+    state = tx.init(params)._replace(momentum_norm=jnp.float32(1))
+    state = state._replace(momentum=jax.tree.map(lambda m: m + 0.01, state.momentum))
+    there = gnp.perturbed(params, state)
+    _, got = gnp.value_and_grad(loss, 0.1, 1.0, mask=late)(there, tokens)
+    _, expected = unshared(loss, 0.1, 1.0, mask=late(params))(there, tokens)
+    assert_same_tree(got, expected, rtol=1e-4)
 
 
 # Where the state is.

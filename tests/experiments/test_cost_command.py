@@ -291,6 +291,21 @@ def test_a_warmup_step_has_the_flops_of_a_plain_one(thin):
     assert count(method.counted) == count(methods["plain gradient"].step)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("chosen", [pytest.param(name, id=name) for name in ("vit-ti", "resnet20")])
+def test_all_layers_at_one_gradient_and_at_the_price_of_the_last_block(chosen):
+    measured = workload(chosen, 32, "float32", 0)
+    programs, methods = Programs(), rows(measured)
+
+    def count(name):
+        return programs.cost(methods[name].step, *measured.abstract()).flops
+
+    plain = count("plain gradient")
+    q = cost.suffix_flops(measured, measured.depth - 1) / plain
+    assert count("one gradient (momentum SAM), all layers") <= 1.01 * plain
+    assert count("early layers stale, last block + head fresh") <= (1 + q + 0.02) * plain
+
+
 # Whole measurements.
 
 
