@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gnp_optax import _functional
@@ -23,8 +24,12 @@ class GradientRegularizationState(NamedTuple):
         perturbation_norm: Norm of the change that happened to the parameters, after rounding.
         perturbed_loss: `L(theta + eps)`.
         cosine: Cosine between g and g~ over the leaves that receive g~; 0 where one of them is 0.
+        perturbed: Whether the last update ran a second pass. Where it did not, the three before it
+            are 0, 0 and 1.
 
-    The last four are of the last update, float32, and NaN where it ran no second pass.
+    All but the first two are of the last update; norms, loss and cosine are float32. In a state
+    that a version without `perturbed` has saved, it is False until the next update: a pickled one
+    loads as it is; where fields are restored by name, add `perturbed=np.False_` to them.
     """
 
     step: jax.Array
@@ -33,6 +38,7 @@ class GradientRegularizationState(NamedTuple):
     perturbation_norm: jax.Array
     perturbed_loss: jax.Array
     cosine: jax.Array
+    perturbed: jax.Array | np.bool_ = np.False_
 
 
 # The public home, which is also where a pickled optimizer state looks for it.
@@ -139,7 +145,7 @@ def transformation(
         if jax.tree.leaves(params):
             selection.selected_leaves(options.mask, params)
         step = jnp.zeros([], jnp.int32)
-        return GradientRegularizationState(step, ascent.init(params), *report.not_run())
+        return GradientRegularizationState(step, ascent.init(params), *report.empty())
 
     def update_fn(
         updates: optax.Updates,
@@ -164,6 +170,7 @@ def transformation(
             found, moved = ascent.update(filled, state.direction_state, params, **extra_args)
             return parts.divide(found)[0], moved
 
+        norm = report.grad_norm(g)
         second_gradient = perturbation.second_gradient(loss, point, options)
 
         def mixed() -> tuple[Gradient, optax.OptState, report.Report]:
@@ -171,11 +178,11 @@ def transformation(
             second = second_gradient(g, direction, radius)  # at theta + r d
             # (1 - alpha) g + alpha g~
             g_reg = mixing.mixture(g, second, radius, weight, options.surrogate_gap)
-            return g_reg, direction_state, report.of(g, point[0], second)
+            return g_reg, direction_state, report.of(g, norm, point[0], second)
 
         def plain() -> tuple[Gradient, optax.OptState, report.Report]:
             # The state of a direction sees every gradient; of one without state, nothing remains.
-            return g, ascend()[1], report.not_run(updates)
+            return g, ascend()[1], report.not_run(norm)
 
         g_reg, direction_state, seen = mixing.unless_zero(weight, mixed, plain)
         step = jnp.asarray(optax.safe_increment(state.step))

@@ -9,51 +9,54 @@ import jax.numpy as jnp
 from gnp_optax._core import numerics
 from gnp_optax._core.perturbation import Gradient, SecondGradient
 
-PyTree = Any
 Arrays = list[Any]
 
 
 class Report(NamedTuple):
-    """Float32 scalars, NaN where no perturbed pass ran."""
+    """Float32 scalars, finite where the gradients are, and whether a second pass ran."""
 
     grad_norm: jax.Array
     perturbation_norm: jax.Array
     perturbed_loss: jax.Array
     cosine: jax.Array
+    perturbed: jax.Array
+
+
+def empty() -> Report:
+    """Report that there was no step."""
+    zero, one = (jnp.full([], x, jnp.float32) for x in (0, 1))
+    return Report(zero, zero, zero, one, jnp.zeros([], bool))
 
 
 @numerics.promoting
-def of(g: Gradient, perturbed: Arrays, second: SecondGradient) -> Report:
-    """Report a second gradient, given the first and what was perturbed, as it was before."""
+def grad_norm(g: Gradient) -> jax.Array:
+    """Return the norm of a gradient."""
+    return numerics.norm([x for x in [*g[0], *g[1]] if _is_gradient(x)])
+
+
+@numerics.promoting
+def of(g: Gradient, norm: jax.Array, perturbed: Arrays, second: SecondGradient) -> Report:
+    """Report a second gradient, given the first, its norm, and what was perturbed, as it was."""
     every = [*g[0], *g[1]]
     both = zip(every, [*second.tilde[0], *second.tilde[1]], strict=True)
     pairs = [(g, t) for g, t in both if t is not None]
     first, tilde = zip(*pairs, strict=True)
-    gradient = [g for g in every if _is_gradient(g)]
-    grad_norm = numerics.norm(gradient)
-    measured = Report(
-        grad_norm=grad_norm,
-        perturbation_norm=numerics.distance(second.moved, perturbed),
-        perturbed_loss=second.loss,
-        cosine=_cosine(
-            first,
-            tilde,
-            grad_norm if len(first) == len(gradient) else numerics.norm(first),
-            numerics.norm(tilde),
-        ),
-    )
-    return Report(*(jnp.asarray(x, jnp.float32) for x in measured))
+    of_first = norm if len(first) == sum(map(_is_gradient, every)) else numerics.norm(first)
+    distance = numerics.distance(second.moved, perturbed)
+    cosine = _cosine(first, tilde, of_first, numerics.norm(tilde))
+    measured = [jnp.asarray(x, jnp.float32) for x in (norm, distance, second.loss, cosine)]
+    return Report._make([*measured, jnp.ones([], bool)])
 
 
-def not_run(grads: PyTree = ()) -> Report:
-    """Report that no perturbed pass ran.
+def not_run(norm: jax.Array) -> Report:
+    """Report a step without a second pass, given the norm of its gradient.
 
-    Inside `shard_map` the branches of a `cond` must vary over the same mesh axes. So the NaNs are
-    made from the gradient, by sums of zeros that XLA folds away.
+    Inside `shard_map` the branches of a `cond` must vary over the same mesh axes. So what is
+    constant is made from the norm.
     """
-    inexact = [g for g in jax.tree.leaves(grads) if _is_gradient(g)]
-    zero = sum(jnp.sum(jnp.zeros_like(g, jnp.float32)) for g in inexact)
-    return Report(*(jnp.asarray(zero + jnp.nan, jnp.float32) for _ in Report._fields))
+    norm = jnp.asarray(norm, jnp.float32)
+    zero, one = jnp.zeros_like(norm), jnp.ones_like(norm)
+    return Report(norm, zero, zero, one, jnp.zeros([], bool))
 
 
 def _is_gradient(g: Any) -> bool:

@@ -10,6 +10,7 @@ import optax
 
 from gnp_optax import directions
 from gnp_optax._core import checks, perturbation, pieces, report, selection
+from gnp_optax._core.perturbation import Gradient
 from gnp_optax.diagnostics import _dataset, _operands
 
 PyTree = Any
@@ -199,7 +200,8 @@ def _one_step(
     moved = [perturbation.perturb(w, d, rho) for w, d in pairs]
     perturbed_loss, tilde = losses.value_and_grad(moved)
     second = perturbation.SecondGradient(perturbed_loss, moved, (tilde, []), None)
-    seen = report.of((grads, []), losses.perturbed, second)
+    g: Gradient = (grads, [])
+    seen = report.of(g, report.grad_norm(g), losses.perturbed, second)
     difference = perturbed_loss - loss
     return loss, perturbed_loss, difference, seen.grad_norm, seen.perturbation_norm, seen.cosine
 

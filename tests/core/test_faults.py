@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from models.problems import two_layers
 
 import gnp_optax as gnp
@@ -298,3 +299,66 @@ def test_a_checkpoint_does_not_restore_into_another_structure(tmp_path):
         shapeless = checkpointer.restore(tmp_path / "with" / "without")
     with pytest.raises(TypeError, match=r"structure of tx\.init"):
         step(shapeless)
+
+
+# What debugging options see, and states of before.
+
+TRANSFORMATIONS = {
+    "constant": lambda: gnp.gradient_regularization(0.1, 0.8),
+    "r-warmup": lambda: gnp.gradient_regularization(gnp.schedules.r_warmup(0.1, 2), 0.8),
+    "lambda-warmup": lambda: gnp.gradient_regularization(0.1, gnp.schedules.lambda_warmup(0.8, 2)),
+    "zero-warmup": lambda: gnp.gradient_regularization(0.1, gnp.schedules.zero_warmup(0.8, 2)),
+    "every": lambda: gnp.gradient_regularization(0.1, gnp.schedules.every(2, 0.8)),
+    "zero": lambda: gnp.gradient_regularization(0.1, 0),
+    "sam": lambda: gnp.sam(0.1),
+    "asam": lambda: gnp.asam(0.1),
+    "gsam": lambda: gnp.gsam(0.1, 0.3),
+    "exact": lambda: gnp.gradient_regularization(0.1, 0.8, curvature="exact"),
+    "momentum": lambda: gnp.momentum_sam(gnp.schedules.r_warmup(0.1, 2)),
+    "friendly": lambda: gnp.sam(0.1, direction=gnp.directions.friendly()),
+}
+
+
+@pytest.mark.parametrize("option", ["jax_debug_nans", "jax_debug_infs"])
+@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+def test_debugging_options_are_silent_on_correct_programs(make, option):
+    params, loss, x, y = two_layers()
+    tx = optax.chain(make(), optax.adam(1e-3))
+    jax.config.update(option, True)
+    try:
+        state = jax.jit(tx.init)(params)
+
+        @jax.jit
+        def step(params, state):
+            there = params
+            if isinstance(state[0], gnp.MomentumSAMState):
+                there = gnp.perturbed(params, state)
+            grads = jax.grad(loss)(there, x, y)
+            updates, state = optax.with_extra_args_support(tx).update(
+                grads, state, params, value_fn=lambda p: loss(p, x, y)
+            )
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(4):
+            params, state = step(params, state)
+    finally:
+        jax.config.update(option, False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_state_of_before_loads():
+    """A pickle names its fields by their order, and lacks the last one."""
+    tx, params = gnp.sam(0.1), jnp.array([3.0, 4.0])
+    loss = lambda w: jnp.sum(w**2) / 2  # noqa: E731
+    _, state = tx.update(params, tx.init(params), params, value_fn=loss)
+    before = gnp.GradientRegularizationState(*tuple(state)[:-1])
+    assert not before.perturbed
+    step = jax.jit(lambda state: tx.update(params, state, params, value_fn=loss)[1])
+    jax.tree.map(np.testing.assert_array_equal, step(before), step(state))
+    # By name, as Flax and Orbax restore.
+    fields = serialization.to_state_dict(state)
+    del fields["perturbed"]
+    with pytest.raises(ValueError, match="perturbed"):
+        serialization.from_state_dict(tx.init(params), fields)
+    restored = serialization.from_state_dict(tx.init(params), {**fields, "perturbed": np.False_})
+    jax.tree.map(np.testing.assert_array_equal, step(restored), step(state))

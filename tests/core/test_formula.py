@@ -229,8 +229,11 @@ def test_realised_radius_and_weight_over_12_steps(r, alpha):
         if weight[t] == 0:
             assert visited == []
             np.testing.assert_array_equal(got, problem.flat(grads))
-            assert np.isnan(state.perturbation_norm)
+            told = [float(x) for x in state[3:]]
+            assert told == [0, 0, 1, 0]  # no norm, no loss, cosine 1, not perturbed
+            np.testing.assert_allclose(state.grad_norm, np.linalg.norm(g), rtol=1e-6)
             continue
+        assert bool(state.perturbed)
         moved = visited[0] - problem.vector
         np.testing.assert_allclose(np.linalg.norm(moved), radius[t], rtol=1e-6, atol=1e-15)
         np.testing.assert_allclose(state.perturbation_norm, radius[t], rtol=1e-6)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from models import linen as models_linen
+from models.eight_devices import run_on_eight_devices
 from models.problems import Quadratic, two_layers
-from test_sharding import run_on_eight_devices
 
 import gnp_optax as gnp
 from gnp_optax import diagnostics
