@@ -33,7 +33,7 @@ def test_code_of_section(heading):
 
 
 def test_there_is_code():
-    assert [len(blocks) for blocks in sections().values()] == [2]
+    assert [len(blocks) for blocks in sections().values()] == [3]
 
 
 def test_it_is_short_and_opens_with_a_picture():

@@ -1,5 +1,6 @@
 """`python -m gnp_optax.experiments [COMMAND]`: compare methods, or measure what they cost."""
 
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +33,9 @@ def main(args: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         kept = "What is done is kept: start the same command again to go on."
-        sys.exit(f"Interrupted. {kept if name == 'compare' else 'Nothing was written.'}")
+        said = kept if name == "compare" else "Nothing was written."
+        print(f"Interrupted. {said}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

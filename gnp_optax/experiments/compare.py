@@ -19,7 +19,7 @@ from gnp_optax.experiments.recipes import RECIPES, named
 from gnp_optax.experiments.report import figures, summary, table
 from gnp_optax.experiments.training import devices
 from gnp_optax.experiments.training.checkpoints import Checkpoint
-from gnp_optax.experiments.training.records import Records, Run
+from gnp_optax.experiments.training.records import Records, Run, held
 from gnp_optax.experiments.training.trainer import Trainer
 
 DESCRIPTION = f"""Train a model once per method and seed, and compare.
@@ -67,7 +67,7 @@ def parse(args: Sequence[str]) -> Config:
     given = parser.parse_known_args(args)[0]
     name = given.recipe or (given.dataset if given.dataset in RECIPES else "noisy-digits")
     default = _without(named(name), args)
-    if (given.epochs or "").isdigit() and int(given.epochs) > 0:
+    if (given.epochs or "").isdecimal() and int(given.epochs) > 0:
         default = default.of_epochs(int(given.epochs))
     config = _from_command_line(args, default)
     if name.endswith("finetuning") and config.pretrained is None:
@@ -115,7 +115,13 @@ def compare(config: Config) -> str:
 
     Of several processes, all train and the first one writes; the others return nothing.
     """
-    records = Records(config) if devices.is_first() else None
+    if not devices.is_first():
+        return _compared(config, None)
+    with held(config.folder):
+        return _compared(config, Records(config))
+
+
+def _compared(config: Config, records: Records | None) -> str:
     # Seeds outermost: what slows the machine down for a while then slows all methods alike.
     wanted = [(method, seed) for seed in range(config.seeds) for method in config.methods]
     done = [run in records.runs for run in wanted] if records else None

@@ -1,6 +1,7 @@
 """The options of the comparison."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -249,6 +250,8 @@ class Config(
         options["pretrained"] = self.pretrained and _digest([self.pretrained])
         if self.dataset == "text" and self.data_dir is not None:
             options["text"] = _digest(sorted(self.data_dir.glob("*.txt")))
+        if self.dataset == "cifar10" and self.data_dir is not None:
+            options["images"] = _digest(sorted(self.data_dir.rglob("*.parquet")))
         if self.distributed:  # the order of the examples depends on it
             options["devices"] = jax.device_count()
         as_on_file: dict[str, Any] = json.loads(json.dumps(options))
@@ -285,7 +288,16 @@ def _digest(files: list[Path]) -> str:
     missing = [file for file in files if not file.exists()]
     if missing:
         raise FileNotFoundError(f"There is no file {missing[0]}.")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return _digest_of(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@functools.lru_cache
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Digest the contents of files, once for each of their sizes and times."""
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_effects(config: Config) -> None:

@@ -197,11 +197,11 @@ _MEMORISED_TEXT = dataclasses.replace(
 )
 
 RECIPES: dict[str, Config] = {
-    "memorised-text": _MEMORISED_TEXT,
     "noisy-digits": _NOISY_DIGITS,
     "digits": dataclasses.replace(_NOISY_DIGITS, label_noise=0.0),
     "noisy-digits-vit": _NOISY_DIGITS_VIT,
     "noisy-cifar10": _NOISY_CIFAR10,
+    "memorised-text": _MEMORISED_TEXT,
     # Learning rate and weight decay chosen for plain training, r and alpha the papers'.
     "digits-vit": Config(),
     "cifar10": Config(

@@ -489,10 +489,11 @@ def test_folders_differ_where_tables_would():
     assert len({config.folder for config in configs}) == len(configs)
 
 
-def test_an_interruption_says_that_nothing_was_written(monkeypatch):
+def test_an_interruption_says_that_nothing_was_written(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cost, "measure", interrupt)
-    with pytest.raises(SystemExit, match="Nothing was written"):
+    with pytest.raises(SystemExit, match="130"):
         __main__.main(["cost"])
+    assert "Nothing was written" in capsys.readouterr().err

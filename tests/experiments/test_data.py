@@ -1,6 +1,7 @@
 """The data sets of the experiments, and augmentation against a NumPy oracle."""
 
 import io
+import shutil
 
 import huggingface_hub
 import jax
@@ -11,6 +12,7 @@ import sklearn.datasets
 from PIL import Image
 from pyarrow import parquet
 
+from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data import datasets as data
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -280,3 +282,41 @@ def test_augmentation_is_the_same_under_jit():
     images, augment = pixels(8), augmenting().augment
     key = jax.random.key(0)
     np.testing.assert_array_equal(jax.jit(augment)(key, images), augment(key, images))
+
+
+# Parts of a split.
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("train-00000-of-00002.parquet", "lacks train-00001-of-00002.parquet"),
+        ("deeper/train-00000-of-00002.parquet", "has a part twice"),
+        ("train-00002-of-00003.parquet", "lacks train-00000-of-00003.parquet"),
+        ("train-copy.parquet", "train-copy.parquet is one of 3 files of the train split"),
+    ],
+)
+def test_a_split_of_missing_or_doubled_parts_is_refused(folder, name, message):
+    parts = folder / "plain_text"
+    if message.startswith("lacks train-00001"):
+        (parts / "train-00001-of-00002.parquet").unlink()
+    else:
+        (parts / name).parent.mkdir(exist_ok=True)
+        shutil.copy(parts / "train-00000-of-00002.parquet", parts / name)
+    with pytest.raises(ValueError, match=message):
+        data.cifar10(folder)
+
+
+def test_one_file_of_any_name_is_a_split(folder):
+    parts = folder / "plain_text"
+    (parts / "train-00001-of-00002.parquet").unlink()
+    (parts / "train-00000-of-00002.parquet").rename(parts / "train-all.parquet")
+    assert len(data.cifar10(folder).train.labels) == 3
+
+
+def test_other_images_are_another_run(folder):
+    config = Config(dataset="cifar10", data_dir=folder)
+    before = config.options
+    assert Config(dataset="cifar10", data_dir=folder).options == before
+    parquet.write_table(valid(3, seed=9), broken(folder))
+    assert config.options != before

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -300,11 +301,45 @@ def test_a_diverged_run_is_never_kept(trainer, tmp_path, monkeypatch, epoch):
             list(trainer.run("gr", [0], Checkpoint(config, "gr", [0])))
 
 
-def test_a_damaged_checkpoint_is_named(trainer, tmp_path):
+@pytest.mark.parametrize("damage", ["empty", "bit", "cut", "another type"])
+def test_a_damaged_checkpoint_is_set_aside_and_never_trained_on(trainer, tmp_path, damage):
     checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), "gr", [0])
-    checkpoint.path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"gr-0\.msgpack is damaged"):
-        checkpoint.load(trainer._init(None)(0))
+    fresh = trainer._init(None)(0)
+    checkpoint.save(trainer._init(None)(1), [[{"epoch": 1}]])
+    whole = checkpoint.path.read_bytes()
+    random = np.random.default_rng(0)
+    for i in range(10):
+        content = bytearray(whole)
+        content[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        content = {
+            "empty": b"",
+            "bit": bytes(content),
+            "cut": whole[: random.integers(1, len(whole))],
+            "another type": flax.serialization.msgpack_serialize(3),
+        }[damage]
+        checkpoint.path.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"gr-0\.msgpack is damaged.*begins anew"):
+            state, done = checkpoint.load(fresh)
+        assert state is fresh
+        assert done == []
+        aside = checkpoint.path.with_name(f"gr-0.msgpack.damaged-{i}")
+        assert aside.read_bytes() == content
+        assert not checkpoint.path.exists()
+
+
+def test_parameters_are_kept_where_a_run_ended_before_it_could(trainer, tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, out=tmp_path, keep_parameters=True, checkpoint_minutes=0)
+    monkeypatch.setattr(trainer, "config", config)
+    run = lambda: list(trainer.run("gr", [0], Checkpoint(config, "gr", [0])))  # noqa: E731
+    first, path = run(), tmp_path / "gr-0-parameters.msgpack"
+    kept = path.read_bytes()
+    path.unlink()
+    assert len(run()) == len(first)
+    assert path.read_bytes() == kept
+
+
+def test_parameters_of_another_file_are_refused(trainer, tmp_path):
+    checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), "gr", [0])
     checkpoint.save(trainer._init(None)(0), [])
     with pytest.raises(ValueError, match="was not written by --keep-parameters"):
         pretrained(checkpoint.path, trainer._init(None)(0))

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -25,7 +29,7 @@ from gnp_optax.experiments.methods import STANDARD, Method, regularization, sele
 from gnp_optax.experiments.recipes import RECIPES
 from gnp_optax.experiments.report import figures, summary
 from gnp_optax.experiments.report import table as report
-from gnp_optax.experiments.training.records import Records
+from gnp_optax.experiments.training.records import Records, held
 from gnp_optax.experiments.training.trainer import Trainer
 
 METHODS = STANDARD
@@ -59,7 +63,8 @@ def finished(small, trainer, tmp_path_factory):
 
 
 def lines(config):
-    return [json.loads(line) for line in (config.folder / "runs.jsonl").read_text().splitlines()]
+    texts = (config.folder / "runs.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "checksum"} for x in texts]
 
 
 def without_times(epochs):
@@ -275,13 +280,15 @@ def test_fine_tuning_needs_something_to_start_from():
         parse(["--recipe", "small-vit-finetuning"])
 
 
-def test_an_interruption_says_how_to_go_on(monkeypatch):
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(__main__.COMMANDS, "compare", interrupt)
-    with pytest.raises(SystemExit, match="start the same command again"):
+    with pytest.raises(SystemExit) as stopped:
         __main__.main([])
+    assert stopped.value.code == 130
+    assert "start the same command again" in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_named():
@@ -344,11 +351,74 @@ def test_a_run_appended_after_a_cut_is_read_back(recorded):
     assert Records(recorded).runs[("sam", 0)] == epochs_of("sam", 0)
 
 
-def test_a_damaged_line_is_named(recorded):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('{"method": "sam"', "?"),  # no JSON
+        ('"sam", "seed": 0, "epoch": 1, "loss": 0.1', '"sam", "seed": 0, "epoch": 1, "loss": 0.3'),
+        ('{"method": "sam", ', "{"),  # lacks a key
+        ('"sam", "seed": 0, "epoch": 1', '"sam", "seed": 0, "epoch": 2'),
+    ],
+)
+def test_a_damaged_line_is_set_aside_and_its_run_done_again(recorded, old, new):
     path = Records(recorded).path
-    path.write_text(path.read_text().replace('{"method": "sam"', "?", 1))
-    with pytest.raises(ValueError, match=r"runs.jsonl, line 4 is not JSON"):
-        Records(recorded)
+    damaged = path.read_text().replace(old, new, 1)
+    assert damaged != path.read_text()
+    for i in range(2):
+        path.write_text(damaged)
+        with pytest.warns(UserWarning, match=r"runs.jsonl: line 4 is damaged.*damaged-"):
+            assert Records(recorded).runs == {("plain", 0): epochs_of("plain", 0)}
+        assert path.with_name(f"runs.jsonl.damaged-{i}").read_text() == damaged
+    assert Records(recorded).runs == {("plain", 0): epochs_of("plain", 0)}
+
+
+def test_any_flipped_bit_is_seen(recorded):
+    """But one in what tells the lines apart, or in the header, which is an error or no change."""
+    path = Records(recorded).path
+    whole = bytearray(path.read_bytes())
+    first = whole.index(b"\n") + 1
+    runs = Records(recorded).runs
+    random = np.random.default_rng(0)
+    for at in random.integers(first, len(whole), 60):
+        flipped = whole.copy()
+        flipped[at] ^= 1 << int(random.integers(8))
+        path.write_bytes(flipped)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = Records(recorded).runs
+        assert all(epochs == runs[run] for run, epochs in found.items())
+        assert caught or len(found) == 2 or at == len(whole) - 1
+
+
+def test_epochs_that_are_numbered_alike_are_no_finished_run(recorded):
+    Records(recorded).append({("sam", 1): [epochs_of("sam", 1)[0]] * 2})
+    assert set(Records(recorded).runs) == {("plain", 0), ("sam", 0)}
+
+
+def test_a_file_of_before_has_no_checksums_and_is_read(recorded):
+    path = Records(recorded).path
+    text = path.read_text().replace('"has_checksums": true, ', "")
+    path.write_text(re.sub(r', "checksum": "\w+"', "", text))
+    assert len(Records(recorded).runs) == 2
+
+
+def test_a_folder_is_written_by_one_process(recorded):
+    program = f"""
+from pathlib import Path
+from gnp_optax.experiments.training.records import held
+with held(Path({str(recorded.folder)!r})):
+    print("holding", flush=True)
+    input()
+"""
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout.readline() == "holding\n"
+        with pytest.raises(ValueError, match=rf"written by process {other.pid} on .* --out"):
+            compare(recorded)
+        other.kill()  # what it held is free
+    with held(recorded.folder):
+        pass
+    assert [path.name for path in recorded.folder.iterdir()] == ["runs.jsonl"]
 
 
 def test_a_file_made_with_other_options_is_refused_and_kept(recorded):

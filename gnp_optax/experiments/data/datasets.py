@@ -1,6 +1,7 @@
 """The data sets, and augmentation on device."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,8 +221,7 @@ def _read_split(folder: Path, name: str, part: tuple[int, int]) -> Split:
     from pyarrow import parquet
 
     files = sorted(folder.rglob(f"{name}-*.parquet"))
-    if not files:
-        raise FileNotFoundError(f"--data-dir: there is no {name}-*.parquet under {folder}.")
+    _check_shards(folder, name, files)
     images: list[np.ndarray] = []
     labels: list[int] = []
     seen, (first, stride) = 0, part
@@ -244,9 +244,34 @@ def _read_split(folder: Path, name: str, part: tuple[int, int]) -> Split:
         seen += len(table)
     if not images:
         raise ValueError(f"The {name} split under {folder} is empty.")
-    if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
+    if not all(type(label) is int and 0 <= label < 10 for label in labels):
         raise ValueError(f"The labels of the {name} split must be integers from 0 to 9.")
     return Split(jnp.asarray(np.stack(images)), jnp.asarray(labels, jnp.int32))
+
+
+def _check_shards(folder: Path, name: str, files: list[Path]) -> None:
+    """Raise unless the files are all parts of a split, each of them once."""
+    if not files:
+        raise FileNotFoundError(f"--data-dir: there is no {name}-*.parquet under {folder}.")
+    numbered = [re.fullmatch(r".*-(\d+)-of-(\d+)", file.stem) for file in files]
+    if len(files) == 1 and numbered[0] is None:
+        return
+    strange = [str(f) for f, match in zip(files, numbered, strict=True) if match is None]
+    if strange:
+        raise ValueError(
+            f"--data-dir: {strange[0]} is one of {len(files)} files of the {name} split, but not "
+            f"named as a part of it, such as {name}-00000-of-00002.parquet. Rename or remove it."
+        )
+    parts = [tuple(map(int, match.groups())) for match in numbered if match]
+    counts = {count for _, count in parts}
+    expected = [(i, n) for n in sorted(counts) for i in range(n)]
+    if len(counts) > 1 or sorted(parts) != expected:
+        missing = [f"{name}-{i:05}-of-{n:05}.parquet" for i, n in expected if (i, n) not in parts]
+        wrong = f"lacks {', '.join(missing[:3])}" if missing else "has a part twice"
+        raise ValueError(
+            f"--data-dir: the {name} split under {folder} {wrong}. Its files are "
+            f"{', '.join(str(file.relative_to(folder)) for file in files[:6])}."
+        )
 
 
 def _decode(image: object, file: Path, row: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Runs on disk: an unfinished one, so that it can go on, and what a finished one has learned."""
 
+import hashlib
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import jax
 
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.methods import Method
-from gnp_optax.experiments.training.records import Epoch, Run, replace
+from gnp_optax.experiments.training.records import Epoch, Run, replace, set_aside
 
 State = Any
 
@@ -45,7 +47,14 @@ class Checkpoint:
         """Return what was saved, or the fresh state and no epochs if nothing was."""
         if not self.path.exists():
             return fresh, []
-        content = _read(self.path)
+        try:
+            content = _read(self.path)
+        except _DamagedError as error:
+            kept = set_aside(self.path)
+            warnings.warn(
+                f"{error} It is kept as {kept.name}, and the run begins anew.", stacklevel=2
+            )
+            return fresh, []
         if content.get("options") != self._options:
             raise ValueError(
                 f"{self.path} was made with other options. Choose another folder with --out, or "
@@ -77,8 +86,11 @@ def pretrained(path: Path, fresh: State) -> State:
     """
     if not path.exists():
         raise FileNotFoundError(f"--pretrained: there is no file {path}.")
-    content = _read(path)
-    if "params" not in content:
+    try:
+        content = _read(path)
+    except _DamagedError as error:
+        raise ValueError(f"--pretrained: {error} Write it anew: --keep-parameters.") from error
+    if not {"params", "statistics"} <= content.keys():
         raise ValueError(f"--pretrained: {path} was not written by --keep-parameters.")
     learned, new = ({**x, "head": None} for x in (content["params"], fresh.params))
     shapes = [jax.tree.map(jax.numpy.shape, x) for x in (learned, new)]
@@ -89,16 +101,33 @@ def pretrained(path: Path, fresh: State) -> State:
     return _placed(given, fresh)
 
 
+# Begins a file, before the digest of what follows. A file of an earlier version has neither.
+_MAGIC = b"gnp_optax 1 "
+
+
+class _DamagedError(ValueError):
+    """A file is not what was written."""
+
+
 def _read(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    if content.startswith(_MAGIC):
+        start = len(_MAGIC) + hashlib.sha256().digest_size
+        digest, content = content[len(_MAGIC) : start], content[start:]
+        if hashlib.sha256(content).digest() != digest:
+            raise _DamagedError(f"{path} is damaged: it does not match its checksum.")
     try:
-        content: dict[str, Any] = flax.serialization.msgpack_restore(path.read_bytes())
+        read: Any = flax.serialization.msgpack_restore(content)
     except Exception as error:  # msgpack raises errors of many kinds
-        raise ValueError(f"{path} is damaged. Remove it to begin anew.") from error
-    return content
+        raise _DamagedError(f"{path} is damaged.") from error
+    if not isinstance(read, dict):
+        raise _DamagedError(f"{path} is damaged.")
+    return read
 
 
 def _write(path: Path, content: Any) -> None:
-    replace(path, flax.serialization.msgpack_serialize(jax.device_get(content)))
+    body = flax.serialization.msgpack_serialize(jax.device_get(content))
+    replace(path, _MAGIC + hashlib.sha256(body).digest() + body)
 
 
 def _placed(state: State, like: State) -> State:

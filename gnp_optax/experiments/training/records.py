@@ -1,15 +1,21 @@
 """The file of finished runs, which an interruption cannot damage."""
 
+import contextlib
+import hashlib
+import itertools
 import json
 import os
 import platform
-from collections.abc import Mapping
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import flax
 import jax
 import optax
+from filelock import FileLock, Timeout
 
 from gnp_optax import __version__
 from gnp_optax.experiments.config import Config
@@ -25,32 +31,38 @@ class Records:
 
     The first line holds the options and the versions; each further line one epoch. A run is
     appended whole when it has finished, so that a run is in the file completely or not at all; what
-    an interruption may leave of a run that was being appended is dropped at the next start.
+    an interruption may leave of a run that was being appended is dropped at the next start. Each
+    line ends in a checksum. Where one does not match, the file is kept under another name, and the
+    run that the line is of is done again.
     """
 
     def __init__(self, config: Config) -> None:
         self.path = config.folder / "runs.jsonl"
         self.runs: dict[Run, list[Metrics]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _read(self.path)
-        if lines and not (isinstance(lines[0], dict) and "options" in lines[0]):
-            raise ValueError(f"{self.path} was not written by this program. Choose another --out.")
-        if lines and lines[0]["options"] != config.options:
+        header, epochs, damaged = _read(self.path)
+        if header is not None and header["options"] != config.options:
             raise ValueError(
-                f"{self.path} was made with other options: {_differences(lines[0], config)}. "
+                f"{self.path} was made with other options: {_differences(header, config)}. "
                 f"Choose another folder with --out, or remove that one."
             )
-        for line in lines[1:]:
-            self.runs.setdefault((line["method"], line["seed"]), []).append(line)
-        complete = {
-            run: epochs
-            for run, epochs in self.runs.items()
-            if len(epochs) == config.own(run[0]).epochs
+        if damaged:
+            kept = set_aside(self.path)
+            warnings.warn(
+                f"{self.path}: {', '.join(damaged)}. It is kept as {kept.name}, and the runs "
+                f"that these are of are done again.",
+                stacklevel=2,
+            )
+        for epoch in epochs:
+            self.runs.setdefault((epoch["method"], epoch["seed"]), []).append(epoch)
+        self.runs = {
+            run: each
+            for run, each in self.runs.items()
+            if [epoch["epoch"] for epoch in each] == [*range(1, config.own(run[0]).epochs + 1)]
         }
-        self.runs = complete
-        header = lines[0] if lines else {"options": config.options, **environment()}
-        kept = [header, *(line for epochs in complete.values() for line in epochs)]
-        replace(self.path, _text(kept).encode())
+        header = header or {"options": config.options, "has_checksums": True, **environment()}
+        finished = (epoch for each in self.runs.values() for epoch in each)
+        replace(self.path, _text([header, *finished]).encode())
 
     def append(self, finished: Mapping[Run, list[Metrics]]) -> None:
         """Add finished runs, to the file first."""
@@ -61,32 +73,105 @@ class Records:
         self.runs.update(finished)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Any] | None, list[Metrics], list[str]]:
+    """Return the header, the epochs, and which lines are damaged."""
     if not path.exists():
-        return []
-    lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if not text.endswith("\n"):  # the last line of a run that was being appended
-                break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-    return lines
+        return None, [], []
+    header, epochs, damaged = None, [], []
+    texts = path.read_text(errors="replace").splitlines(keepends=True)
+    for number, text in enumerate(texts, start=1):
+        # A file of an earlier version has no checksums.
+        line = _line(text, header is not None and header.get("has_checksums", False))
+        if number == 1:
+            if line is None or "options" not in line:
+                raise ValueError(
+                    f"{path}, line 1, was not written by this program. Choose another --out."
+                )
+            header = line
+        elif line is not None and {"method", "seed", "epoch"} <= line.keys():
+            epochs.append(line)
+        elif number < len(texts) or text.endswith("\n"):
+            damaged.append(f"line {number} is damaged")
+        # Else it is the last line of a run that was being appended.
+    return header, epochs, damaged
+
+
+def _line(text: str, has_checksum: bool) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not what was written."""
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(line, dict):
+        return None
+    checksum = line.pop("checksum", None)
+    is_right = checksum == _checksum(line) or (checksum is None and not has_checksum)
+    return line if is_right else None
 
 
 def _text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    checked = ({**line, "checksum": _checksum(line)} for line in lines)
+    return "".join(json.dumps(line) + "\n" for line in checked)
+
+
+def _checksum(line: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:12]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to one that there is not, and return its path."""
+    names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count())
+    free = next(name for name in names if not name.exists())
+    return path.rename(free)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other process writes to it; one that has died holds nothing.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(folder / ".lock"), folder / ".holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise ValueError(
+            f"{folder} is being written by {who}. Wait for it, or choose another --out."
+        ) from None
+    try:
+        holder.write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        for path in (holder, folder / ".lock"):
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def replace(path: Path, content: bytes) -> None:
     """Write a file whole: there is never a moment with half of it."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)  # a rename, which is atomic
+    # Of a name that nobody can have put a link at.
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+    ) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)  # a rename, which is atomic
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:

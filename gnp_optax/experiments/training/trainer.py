@@ -96,6 +96,8 @@ class Trainer:
         if config.pretrained:
             fresh = checkpoints.pretrained(config.pretrained, fresh)
         start, done = checkpoint.load(fresh) if checkpoint else (fresh, [])
+        if len(done) == config.epochs:  # it ended before it could keep them
+            self._keep_parameters(method, seeds, start)
         yield from done
         train = self.train
         if config.label_noise:
@@ -116,10 +118,13 @@ class Trainer:
             done = [*done, each]
             if checkpoint:
                 checkpoint.keep(state, done)
-            is_last = len(done) == config.epochs
-            if self.config.keep_parameters and is_last and is_first():
-                checkpoints.keep_parameters(self.config, (method, seeds[0]), state)
+            if len(done) == config.epochs:
+                self._keep_parameters(method, seeds, state)
             yield each
+
+    def _keep_parameters(self, method: Method, seeds: Sequence[int], state: State) -> None:
+        if self.config.keep_parameters and is_first():
+            checkpoints.keep_parameters(self.config, (method, seeds[0]), state)
 
     def _kind(self, config: Config, method: Method) -> Kind:
         """Return what a step of the method is compiled for, as far as that does not change."""
