@@ -42,7 +42,9 @@ def mixture(
     if not is_known_to_be(0, gap):
         along = _along(g, second.tilde)  # <u, g> / ||g~||
         mixed = perturbation.combined(
-            lambda g, t: mix(g, (1 + gap * along) * numerics.widen(t) - gap * g, alpha),
+            lambda g, t: mix(
+                g, (1 + gap * along) * numerics.widen(t) - gap * numerics.widen(g), alpha
+            ),
             g,
             second.tilde,
         )

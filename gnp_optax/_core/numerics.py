@@ -29,7 +29,20 @@ def promoting(fun: Callable[P, T]) -> Callable[P, T]:
 @promoting
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Return the type to compute in for leaves of `dtype`: float32, or wider where the leaf is."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return wider(jnp.dtype(dtype), jnp.dtype(jnp.float32))
+
+
+@promoting
+def wider(first: jnp.dtype, second: jnp.dtype) -> jnp.dtype:
+    """Return a type that holds what either does; types of 8 bits JAX promotes to none."""
+    for one, other in ((first, second), (second, first)):
+        if _is_tiny(one) and one != other:
+            return wider(jnp.dtype(jnp.bfloat16), other)
+    return jnp.promote_types(first, second)
+
+
+def _is_tiny(dtype: jnp.dtype) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits < 16
 
 
 def widen(leaf: jax.typing.ArrayLike) -> jax.Array:
@@ -128,6 +141,9 @@ def round_to(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     XLA may drop a cast to bfloat16 that is followed by a cast back to float32
     (`xla_allow_excess_precision`); it may not drop `reduce_precision`.
     """
+    if _is_tiny(jnp.dtype(dtype)):
+        # Those without infinities `reduce_precision` does not know.
+        return jax.lax.optimization_barrier(x.astype(dtype))
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < jnp.finfo(x.dtype).bits:
         info = jnp.finfo(dtype)
         x = jax.lax.reduce_precision(x, info.nexp, info.nmant)

@@ -161,7 +161,7 @@ def is_retyped(perturbed: Arrays, dtype: jax.typing.DTypeLike | None) -> bool:
 def perturbed_type(w: jax.Array, dtype: jax.typing.DTypeLike | None) -> jnp.dtype:
     """Return the type in which a leaf is perturbed: its own, or `dtype` if that is wider."""
     own = jnp.result_type(w)
-    return own if dtype is None else jnp.promote_types(own, dtype)
+    return own if dtype is None else numerics.wider(own, jnp.dtype(dtype))
 
 
 @numerics.promoting

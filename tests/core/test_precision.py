@@ -142,3 +142,51 @@ def test_float16_with_a_dynamic_scale():
     assert skipped.scale == new_scale.scale / 2
     for got, kept in ((params, new_params), (state, new_state)):
         jax.tree.map(np.testing.assert_array_equal, got, kept)
+
+
+FORMS_8 = {
+    "functional": {},
+    "perturbed in float32": {"perturb_dtype": "float32"},
+    "exact": {"curvature": "exact"},
+    "surrogate gap": {"surrogate_gap": 0.3},
+    "mask": {"mask": gnp.masks.by_path("b")},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_leaves_of_eight_bits(dtype):
+    """Perturbed in float32 and rounded, up to the ends of their range (448 without infinities)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "a": (jax.random.normal(keys[0], (8, 16)) * 100).astype(dtype),
+        "b": jax.random.normal(keys[1], (16,)),
+    }
+    x = jax.random.normal(keys[2], (32, 8))
+
+    def loss(params):
+        return jnp.mean(jnp.tanh(x @ (params["a"].astype(jnp.float32) / 100) @ params["b"]) ** 2)
+
+    def numbers(tree):
+        return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), tree)
+
+    r, g = 300.0, jax.grad(loss)(params)
+    norm = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), g))
+    moved = jax.tree.map(
+        lambda w, d: (w.astype(jnp.float32) + r * d.astype(jnp.float32) / norm).astype(w.dtype),
+        params,
+        g,
+    )
+    expected = numbers(jax.grad(loss)(moved))
+    got, state = through_transformation(gnp.sam(r), loss, params)
+    jax.tree.map(np.testing.assert_array_equal, numbers(got), expected)
+    assert float(state.perturbation_norm) > 0
+    for options in FORMS_8.values():
+        for alpha in (1.0, 0.8, 0.0):
+            _, grads = gnp.value_and_grad(loss, r, alpha, **options)(params)
+            assert grads["a"].dtype == dtype
+            if alpha == 1 and not options:
+                jax.tree.map(np.testing.assert_array_equal, numbers(grads), expected)
+    tx = gnp.momentum_sam(r, decay=0.0)
+    _, memory = tx.update(g, tx.init(params), params)
+    there = gnp.perturbed(params, memory)
+    jax.tree.map(np.testing.assert_array_equal, numbers(there), numbers(moved))
