@@ -1,7 +1,7 @@
 """Mixing: from g and g~ to the regularized gradient, `(1 - alpha) g + alpha g~`."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,24 @@ def unless_zero(
     Decided in Python for a number, by `lax.cond` for a traced alpha.
     """
     if isinstance(alpha, jax.core.Tracer):
-        found: Found = jax.lax.cond(alpha == 0, skip, run)
+        found: Found = jax.lax.cond(_is_zero(alpha) == 1, skip, run)
         return found
     return skip() if is_known_to_be(0, alpha) else run()
+
+
+@jax.custom_jvp
+def _is_zero(alpha: jax.Array) -> jax.Array:
+    """1 where alpha is 0; but where a derivative with respect to alpha is asked for, 0.
+
+    There it is `g~ - g`, for which both are needed, whatever alpha is.
+    """
+    return jnp.asarray(alpha == 0, jnp.float32)
+
+
+@_is_zero.defjvp
+def _is_zero_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax.Array]:
+    del tangents
+    return 2 * (jnp.zeros_like(primals[0], jnp.float32),)
 
 
 @numerics.promoting
@@ -41,13 +56,12 @@ def mixture(
     """
     if not is_known_to_be(0, gap):
         along = _along(g, second.tilde)  # <u, g> / ||g~||
-        mixed = perturbation.combined(
-            lambda g, t: mix(
-                g, (1 + gap * along) * numerics.widen(t) - gap * numerics.widen(g), alpha
-            ),
-            g,
-            second.tilde,
-        )
+
+        def guided(g: jax.Array, tilde: jax.Array) -> jax.Array:
+            mixed: Any = (1 + gap * along) * numerics.widen(tilde) - gap * numerics.widen(g)
+            return mix(g, mixed, alpha)
+
+        mixed = perturbation.combined(guided, g, second.tilde)
     elif second.curvature is None:
         mixed = perturbation.combined(lambda g, t: mix(g, t, alpha), g, second.tilde)
     else:

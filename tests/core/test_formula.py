@@ -371,3 +371,48 @@ def test_gsam_is_sam_with_a_surrogate_gap():
     none, _ = through_transformation(gnp.gsam(0.1, 0.0), of_params, params)
     sam, _ = through_transformation(gnp.sam(0.1), of_params, params)
     jax.tree.map(np.testing.assert_array_equal, none, sam)
+
+
+# Derivatives with respect to radius and weight.
+
+
+@pytest.mark.parametrize("form", ["core", "transformation"])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("jit", [False, True])
+def test_derivatives_with_respect_to_radius_and_weight(form, alpha, jit):
+    """`g~ - g` and `alpha H d`, also at a weight of 0, where a step alone has no second pass."""
+    problem, r = Quadratic(), 0.5
+    g = problem.gradient(problem.vector)
+    direction = g / np.linalg.norm(g)
+    probe = jnp.asarray(np.random.default_rng(1).normal(size=g.size))
+
+    def of(r, alpha):
+        if form == "core":
+            _, got = gnp.value_and_grad(problem.loss, r, alpha)(problem.params)
+        else:
+            tx = gnp.gradient_regularization(lambda _: r, lambda _: alpha)
+            got, _ = through_transformation(tx, problem.loss, problem.params)
+        return probe @ jnp.concatenate([*got.values()])
+
+    found = jax.grad(jax.jit(of) if jit else of, argnums=(0, 1))(r, alpha)
+    curvature = probe @ problem.hessian @ direction
+    np.testing.assert_allclose(found, (alpha * curvature, r * curvature), atol=1e-12)
+    at_zero = jax.jacfwd(of)(0.0, 0.3)
+    np.testing.assert_allclose(at_zero, 0.3 * curvature, atol=1e-12)
+
+
+def test_no_second_pass_is_run_where_no_derivative_in_the_weight_is_asked_for():
+    visited = []
+
+    def loss(w):
+        jax.debug.callback(lambda: visited.append(1))
+        return jnp.sum(w**4)
+
+    def of(w, alpha):
+        return gnp.value_and_grad(loss, 0.5, alpha)(w)[1].sum()
+
+    for derivative, passes in ((of, 1), (jax.grad(of), 1), (jax.grad(of, argnums=1), 2)):
+        visited.clear()
+        jax.block_until_ready(jax.jit(derivative)(jnp.array([3.0, 4.0]), 0.0))
+        jax.effects_barrier()
+        assert len(visited) == passes
