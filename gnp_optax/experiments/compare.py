@@ -18,7 +18,7 @@ from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.recipes import RECIPES, named
 from gnp_optax.experiments.report import figures, summary, table
 from gnp_optax.experiments.training import devices
-from gnp_optax.experiments.training.checkpoints import Checkpoint
+from gnp_optax.experiments.training.checkpoints import Checkpoint, remove_finished
 from gnp_optax.experiments.training.records import Records, Run, held
 from gnp_optax.experiments.training.trainer import Trainer
 
@@ -134,7 +134,10 @@ def _compared(config: Config, records: Records | None) -> str:
             print("Of these, --keep-parameters keeps nothing: for that they would be done again.")
     if missing:
         _train(config, _grouped(config, missing), records)
-    return "" if records is None else _reported(config, {run: records.runs[run] for run in wanted})
+    if records is None:
+        return ""
+    remove_finished(config, records.runs)
+    return _reported(config, {run: records.runs[run] for run in wanted})
 
 
 def _grouped(config: Config, missing: list[Run]) -> list[tuple[Method, list[int]]]:

@@ -387,6 +387,13 @@ def test_a_comparison_of_seeds_together_goes_on(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.msgpack"))
 
 
+@pytest.mark.parametrize("line", ["?", "[]", "3", "{}"])
+def test_a_damaged_line_of_a_sweep_is_named(tmp_path, line):
+    (tmp_path / "sweep.jsonl").write_text('{"options": {}, "seeds": 1}\n' + line + "\n")
+    with pytest.raises(SystemExit, match=r"error: .*sweep\.jsonl, line 2, is damaged"):
+        __main__.main(["sweep", "--out", str(tmp_path)])
+
+
 def test_a_sweep_gives_every_method_as_many_settings():
     config = SweepConfig()
     sizes = {

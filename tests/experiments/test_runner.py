@@ -29,6 +29,7 @@ from gnp_optax.experiments.methods import STANDARD, Method, regularization, sele
 from gnp_optax.experiments.recipes import RECIPES
 from gnp_optax.experiments.report import figures, summary
 from gnp_optax.experiments.report import table as report
+from gnp_optax.experiments.training.checkpoints import remove_finished
 from gnp_optax.experiments.training.records import Records, held
 from gnp_optax.experiments.training.trainer import Trainer
 
@@ -400,6 +401,18 @@ def test_a_file_of_before_has_no_checksums_and_is_read(recorded):
     text = path.read_text().replace('"has_checksums": true, ', "")
     path.write_text(re.sub(r', "checksum": "\w+"', "", text))
     assert len(Records(recorded).runs) == 2
+
+
+def test_what_killed_processes_leave_is_removed(recorded):
+    folder = recorded.folder
+    names = ("plain-0.msgpack", "sam-0-1.msgpack", "plain-0-parameters.msgpack", ".runs.x.tmp")
+    for name in names:
+        (folder / name).write_bytes(b"")
+    with held(folder):
+        remove_finished(recorded, Records(recorded).runs)
+    # That of an unfinished run, and what was learned, stay.
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"runs.jsonl", "sam-0-1.msgpack", "plain-0-parameters.msgpack"}
 
 
 def test_a_folder_is_written_by_one_process(recorded):

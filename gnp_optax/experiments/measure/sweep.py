@@ -137,7 +137,7 @@ class Sweep:
         config.folder.mkdir(parents=True, exist_ok=True)
         header = {"options": config.comparison.options, "seeds": config.seeds}
         if self._path.exists():
-            first, *lines = map(json.loads, self._path.read_text().splitlines())
+            first, *lines = self._read()
             if {name: first[name] for name in header} != header:
                 raise ValueError(
                     f"{self._path} was made with other options. Choose another folder with --out."
@@ -147,6 +147,22 @@ class Sweep:
             first = {**header, "command": command, **environment()}
             self._path.write_text(json.dumps(first) + "\n")
         self._trainer = Trainer(config.comparison, load(config.comparison, (0, 1)))
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines = []
+        for number, text in enumerate(self._path.read_text().splitlines(), start=1):
+            try:
+                line = json.loads(text)
+                needed = {"options", "seeds"} if number == 1 else {"method", "settings"}
+                if not needed <= line.keys():
+                    raise ValueError
+            except (ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{self._path}, line {number}, is damaged. Remove the line, to have its "
+                    f"setting tried again, or choose another folder with --out."
+                ) from error
+            lines.append(line)
+        return lines
 
     def best(self, method: Method, learning_rate: float = 0.0) -> Settings:
         """Return the settings of least validation error, having tried all of them."""

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Checkpoint:
             return fresh, []
         try:
             content = _read(self.path)
+            if not {"options", "epochs", "state"} <= content.keys():
+                raise _DamagedError(f"{self.path} is damaged.")
         except _DamagedError as error:
             kept = set_aside(self.path)
             warnings.warn(
@@ -68,6 +71,14 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the file: the run has finished."""
         self.path.unlink(missing_ok=True)
+
+
+def remove_finished(config: Config, finished: Collection[Run]) -> None:
+    """Remove the files of runs that have finished, which an interruption may leave."""
+    for path in config.folder.glob("*.msgpack"):
+        match = re.fullmatch(r"(.+?)-(\d+(?:-\d+)*)", path.stem)
+        if match and all((match[1], int(seed)) in finished for seed in match[2].split("-")):
+            path.unlink()
 
 
 def keep_parameters(config: Config, run: Run, state: State) -> None:

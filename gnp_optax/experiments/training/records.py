@@ -143,6 +143,8 @@ def held(folder: Path) -> Iterator[None]:
         ) from None
     try:
         holder.write_text(f"process {os.getpid()} on {platform.node()}")
+        for left in folder.glob(".*.tmp"):  # by a process that was killed
+            left.unlink()
         yield
     finally:
         for path in (holder, folder / ".lock"):
