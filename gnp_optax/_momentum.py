@@ -24,7 +24,7 @@ class MomentumSAMState(NamedTuple):
         radius: rho of the next step.
         grad_norm: `||g||` of the last step over all leaves, float32.
         perturbation_norm: Norm of the change that `perturbed` makes to the parameters that the last
-            update was given, after rounding, float32. They will have moved by one step.
+            update was given, rounded to their own types, float32. They will have moved by one step.
     """
 
     step: jax.Array
@@ -54,9 +54,9 @@ def momentum_sam(
         value, grads = jax.value_and_grad(loss_fn)(gnp.perturbed(params, opt_state), x, y)
         updates, opt_state = tx.update(grads, opt_state, params)
 
-    The gradients pass unchanged; the transformation remembers them. `params` are never the
-    perturbed ones, so that evaluation and checkpoints are those of plain training. Value and aux
-    are those at the perturbed parameters.
+    The gradients pass unchanged; the transformation remembers them, but none that is not finite.
+    `params` are never the perturbed ones, so that evaluation and checkpoints are those of plain
+    training. Value and aux are those at the perturbed parameters.
 
     A step that forgets `perturbed` is plain training, and can't be told from inside: the gradient
     does not say where it was taken. `gnp.diagnostics.check_perturbed(step, *arguments)` can tell.
@@ -109,10 +109,12 @@ def momentum_sam(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, MomentumSAMState]:
         state = _checked(state, params)
-        momentum = _averaged(state.momentum, updates, params, mask, decay)
-        step = jnp.asarray(optax.safe_increment(state.step))
         grads = [g for g in jax.tree.leaves(updates) if numerics.is_inexact(g)]
         grad_norm = jnp.asarray(numerics.norm(grads), jnp.float32)
+        # One gradient that is not finite would else spoil all steps to come.
+        is_finite = jnp.isfinite(grad_norm)
+        momentum = _averaged(state.momentum, updates, params, mask, decay, is_finite)
+        step = jnp.asarray(optax.safe_increment(state.step))
         following = MomentumSAMState(
             step, momentum, _norm(momentum), _at(rho, step), grad_norm, grad_norm
         )
@@ -158,15 +160,8 @@ def perturbed(
     """
     checks.check_perturb_dtype(perturb_dtype, "finite_difference")
     state = _found(opt_state)
-    structure: Any
     leaves, structure = jax.tree.flatten(params)
-    try:
-        momentum = structure.flatten_up_to(state.momentum)
-    except ValueError as error:
-        raise ValueError(
-            f"These are not the parameters that the optimizer state was made for. Parameters: "
-            f"{structure}. State: {jax.tree.structure(state.momentum)}."
-        ) from error
+    momentum = _of_leaves(state.momentum, params)
 
     def moved(w: Any, m: Any) -> Any:
         if _is_absent(m):
@@ -232,32 +227,66 @@ def _zeros(mask: Mask, params: PyTree) -> PyTree:
     return jax.tree.map(zeros, params, flags, is_leaf=paths.is_box)
 
 
+@numerics.promoting
 def _averaged(
     momentum: PyTree,
     grads: PyTree,
     params: PyTree,
     mask: Mask,
     decay: jax.typing.ArrayLike,
+    is_finite: jax.Array,
 ) -> PyTree:
-    """Return `decay m + (1 - decay) g` on the leaves under the mask."""
-    structure: Any = jax.tree.structure(params)
+    """Return `decay m + (1 - decay) g` on the leaves under the mask; m if g is not finite."""
 
-    def mean(m: Any, g: Any, selected: bool | np.ndarray) -> Any:
-        if _is_absent(m):
-            return m
+    def mean(m: Any, g: Any, selected: bool | np.ndarray, path: str) -> Any:
+        if g is None:
+            raise ValueError(f"The gradient has nothing for {path!r}, which is perturbed.")
         # `jax.grad` returns the conjugate of the direction of steepest ascent.
         g = jnp.conj(jnp.asarray(g, m.dtype))
         if isinstance(selected, np.ndarray):  # which of the layers that the leaf stacks
             g = jnp.where(selected.reshape(-1, *[1] * (g.ndim - 1)), g, 0)
         kept = jnp.asarray(decay, numerics.real(m.dtype))
-        return kept * m + (1 - kept) * g
+        return jnp.where(is_finite, kept * m + (1 - kept) * g, m)
 
-    of_leaves = (
-        structure.flatten_up_to(momentum),
-        selection.leaves_like(structure, grads),
+    of_leaves = zip(
+        _of_leaves(momentum, params),
+        selection.leaves_like(jax.tree.structure(params), grads),
         selection.selected_leaves(mask, params),
+        paths.leaf_paths(params),
+        strict=True,
     )
-    return jax.tree.unflatten(structure, [mean(*x) for x in zip(*of_leaves, strict=True)])
+    means = [mean(*each) for each in of_leaves if not _is_absent(each[0])]
+    return jax.tree.unflatten(jax.tree.structure(momentum), means)
+
+
+def _of_leaves(momentum: PyTree, params: PyTree) -> list[Any]:
+    """Return what is remembered for each leaf, or that nothing is."""
+    found: list[Any] = []
+    nodes: Any
+    boxes, nodes = jax.tree.flatten(params, is_leaf=paths.is_box)
+    try:
+        for box, m in zip(boxes, nodes.flatten_up_to(momentum), strict=True):
+            structure: Any = jax.tree.structure(box)
+            absent = [m] * structure.num_leaves
+            found += absent if _is_absent(m) else structure.flatten_up_to(m)
+        shapes = [
+            (jnp.shape(w), m.shape)
+            for w, m in zip(jax.tree.leaves(params), found, strict=True)
+            if not _is_absent(m)
+        ]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"These are not the parameters that the optimizer state was made for. Parameters: "
+            f"{jax.tree.structure(params)}. State: {jax.tree.structure(momentum)}. Of an Equinox "
+            f"model pass what tx.init was given: eqx.filter(model, eqx.is_inexact_array)."
+        ) from error
+    for shape, remembered in shapes:
+        if shape != remembered:
+            raise ValueError(
+                f"These are not the parameters that the optimizer state was made for: one has the "
+                f"shape {shape}, and in the state {remembered}."
+            )
+    return found
 
 
 def _norm(momentum: PyTree) -> jax.Array:

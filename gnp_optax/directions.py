@@ -129,7 +129,7 @@ def per_layer() -> optax.GradientTransformation:
     A layer is a module's own parameters, the leaves that share a path up to the last `/`, as in
     `gnp.masks.top_k_layers`. With one norm over all layers, those of small gradients hardly move.
     Of n perturbed layers `||d|| = sqrt(n)`, so that the radius is that of one layer. Layers that a
-    leaf stacks for `lax.scan` count as one.
+    leaf stacks for `lax.scan` count as one, and so do arrays side by side in a list.
 
     Returns:
         A stateless transformation.

@@ -40,6 +40,9 @@ class TrainState(train_state.TrainState):
             value, grads = jax.value_and_grad(loss_fn)(state.perturbed_params, x, y)
             state = state.apply_gradients(grads=grads)
         """
+        if _OVERWRITTEN in self.params:  # scales of fp8, which the optimizer does not see
+            moved = _momentum.perturbed(self.params["params"], self.opt_state)
+            return {**self.params, "params": moved}
         return _momentum.perturbed(self.params, self.opt_state)
 
     def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
@@ -79,6 +82,7 @@ class TrainState(train_state.TrainState):
         return state.replace(tx=self.tx)
 
 
+_OVERWRITTEN = "_overwrite_with_gradient"
 # What Optax's own transformations are handed: never a misspelt field.
 _OPTAX_NAMES = {"value", "value_fn", "grad", "grad_fn", "obj_fn"}
 

@@ -152,9 +152,17 @@ def perturbed(
 def _share(module: Any, path: tuple[Any, ...], variable: Any) -> None:
     """Put a variable where a module has a copy of it; `nnx.merge` of Flax before 0.12 copies."""
     for key in path[:-1]:
-        module = getattr(module, key) if isinstance(key, str) else module[key]
-    if getattr(module, path[-1]) is not variable:
+        module = _child(module, key)
+    if _child(module, path[-1]) is variable:
+        return
+    if isinstance(module, (list, dict)):
+        module[path[-1]] = variable
+    else:
         setattr(module, path[-1], variable)
+
+
+def _child(node: Any, key: Any) -> Any:
+    return node[key] if isinstance(key, int) or isinstance(node, dict) else getattr(node, key)
 
 
 # From variables to what they hold; `nnx.pure` until Flax 0.12.

@@ -17,8 +17,8 @@ Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 MASK_AS_SCHEDULE = (
     "The mask was taken for a schedule and called with a step count: optax.inject_hyperparams does "
-    "so with every callable. Name the mask static: optax.inject_hyperparams("
-    "gnp.gradient_regularization, static_args=('mask',))(...)."
+    "so with every callable. Name the mask static: optax.inject_hyperparams(gnp.sam, "
+    "static_args=('mask',))(...), or whichever transformation it is."
 )
 
 

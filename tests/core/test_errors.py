@@ -117,6 +117,20 @@ CASES = {
         ValueError,
         "not the parameters that the optimizer state was made for",
     ),
+    "perturbed_other_shapes": (
+        lambda: gnp.perturbed(
+            {"body": jnp.ones(7), "head": PARAMS["head"]}, gnp.momentum_sam(0.1).init(PARAMS)
+        ),
+        ValueError,
+        "not the parameters that the optimizer state was made for",
+    ),
+    "momentum_missing_gradient": (
+        lambda: gnp.momentum_sam(0.1).update(
+            {**PARAMS, "head": None}, gnp.momentum_sam(0.1).init(PARAMS), PARAMS
+        ),
+        ValueError,
+        "The gradient has nothing for 'head'",
+    ),
     "perturbed_dtype": (
         lambda: gnp.perturbed(PARAMS, gnp.momentum_sam(0.1).init(PARAMS), perturb_dtype="int32"),
         TypeError,

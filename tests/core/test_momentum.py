@@ -2,11 +2,13 @@
 
 import pickle
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from models.problems import Quadratic, mlp
 from models.unshared import assert_same_tree, unshared
 
@@ -346,6 +348,64 @@ def test_a_step_that_forgets_is_told():
         check(make_step(tx, loss, perturb=lambda p, _: p), params, opt_state, x, y)
     with pytest.raises(ValueError, match="No argument of the step"):
         check(make_step(tx, loss), params, (), x, y)
+
+
+@pytest.mark.parametrize("rule", [optax.sgd(0.0), optax.sign_sgd(0.01)])
+def test_a_step_that_perturbs_is_not_accused(rule):
+    """Although the parameters end where they would without."""
+    params, loss, x, y = mlp()
+    tx = optax.chain(gnp.momentum_sam(0.2), rule)
+    params, opt_state = run(tx, params, loss, (x, y))
+    gnp.diagnostics.check_perturbed(make_step(tx, loss), params, opt_state, x, y)
+
+
+def test_a_step_that_only_logs_the_perturbed_loss_is_told():
+    params, loss, x, y = mlp()
+    tx = optax.chain(gnp.momentum_sam(0.2), optax.adam(1e-2))
+    params, opt_state = run(tx, params, loss, (x, y))
+
+    def step(params, opt_state, x, y):
+        grads = jax.grad(loss)(params, x, y)
+        updates, following = tx.update(grads, opt_state, params)
+        logged = {"loss": loss(gnp.perturbed(params, opt_state), x, y), "phase": "train"}
+        return optax.apply_updates(params, updates), following, logged
+
+    check = gnp.diagnostics.check_perturbed
+    with pytest.raises(ValueError, match=r"gnp\.perturbed\(params, opt_state\)"):
+        check(step, params, opt_state, x, y)
+    with pytest.raises(ValueError, match="Nothing that the step returns"):
+        check(lambda *args: step(*args)[0], params, opt_state, x, y)
+
+
+def test_a_gradient_that_is_not_finite_is_not_remembered():
+    params, tx = jnp.array([3.0, 4.0]), gnp.momentum_sam(0.5)
+    _, before = tx.update(params, tx.init(params), params)
+    _, after = tx.update(jnp.array([jnp.nan, 1.0]), before, params)
+    np.testing.assert_array_equal(gnp.perturbed(params, after), gnp.perturbed(params, before))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_boxed_parameters_under_a_mask(kind):
+    leaves = {"a": jnp.ones((2, 2)), "h": jnp.array([3.0, 4.0])}
+    if kind == "linen":
+        params = {name: nn.Partitioned(w, (None,) * w.ndim) for name, w in leaves.items()}
+    else:
+        params = nnx.State({name: nnx.Param(w) for name, w in leaves.items()})
+    tx = gnp.momentum_sam(0.5, 0.0, mask=gnp.masks.by_path("^h"))
+    state = tx.init(params)
+    assert len(jax.tree.leaves(state.momentum)) == 1
+    _, state = tx.update(params, state, params)
+    moved = jax.tree.leaves(gnp.perturbed(params, state))
+    np.testing.assert_array_equal(moved[0], leaves["a"])
+    np.testing.assert_allclose(moved[1], [3.3, 4.4], rtol=1e-6)
+
+
+def test_complex_parameters_under_strict_promotion():
+    params = jnp.array([3.0 + 4.0j], jnp.complex64)
+    tx = gnp.momentum_sam(0.5, 0.0)
+    with jax.numpy_dtype_promotion("strict"):
+        _, state = tx.update(params, tx.init(params), params)
+        np.testing.assert_allclose(gnp.perturbed(params, state), [3.3 + 3.6j], rtol=1e-6)
 
 
 def test_a_step_that_takes_the_memory_of_its_arguments_can_be_checked():

@@ -421,3 +421,37 @@ def test_nnx_perturbed_without_the_transformation():
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2), wrt=nnx.Param)
     with pytest.raises(ValueError, match=r"no state of gnp\.momentum_sam"):
         gnp_nnx.perturbed(model, optimizer)
+
+
+def test_nnx_perturbed_shares_variables_in_containers():
+    class Module(nnx.Module):
+        def __init__(self, rngs):
+            self.body = nnx.Linear(2, 2, rngs=rngs)
+            kept = [nnx.BatchStat(jnp.zeros(2))]
+            self.kept = nnx.List(kept) if hasattr(nnx, "List") else kept
+
+        def __call__(self, x):
+            x = self.body(x)
+            kept = self.kept[0]  # Flax before 0.12 sets its value
+            kept.set_value(x.mean(0)) if hasattr(kept, "set_value") else setattr(
+                kept, "value", x.mean(0)
+            )
+            return x
+
+    model = Module(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, gnp.momentum_sam(0.1), wrt=nnx.Param)
+    there = gnp_nnx.perturbed(model, optimizer)
+    there(jnp.ones((3, 2)))
+    assert differ(model.kept[0][...], jnp.zeros(2))
+
+
+def test_linen_perturbed_params_leave_the_scales_of_fp8():
+    params = {
+        "params": {"w": jnp.array([3.0, 4.0])},
+        "_overwrite_with_gradient": {"s": jnp.ones(1)},
+    }
+    state = TrainState.create(apply_fn=None, params=params, tx=gnp.momentum_sam(0.5, 0.0))
+    state = state.apply_gradients(grads=params)
+    moved = state.perturbed_params
+    assert moved["_overwrite_with_gradient"] is state.params["_overwrite_with_gradient"]
+    assert differ(moved["params"], state.params["params"])

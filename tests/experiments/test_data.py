@@ -291,8 +291,9 @@ def test_augmentation_is_the_same_under_jit():
     ("name", "message"),
     [
         ("train-00000-of-00002.parquet", "lacks train-00001-of-00002.parquet"),
-        ("deeper/train-00000-of-00002.parquet", "has a part twice"),
+        ("deeper/train-00000-of-00002.parquet", "has parts twice or too many"),
         ("train-00002-of-00003.parquet", "lacks train-00000-of-00003.parquet"),
+        ("train-00000-of-00001.parquet", "has parts twice or too many"),
         ("train-copy.parquet", "train-copy.parquet is one of 3 files of the train split"),
     ],
 )

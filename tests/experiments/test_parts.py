@@ -318,11 +318,11 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_trained_on(trainer, tmp_pat
             "another type": flax.serialization.msgpack_serialize(3),
         }[damage]
         checkpoint.path.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"gr-0\.msgpack is damaged.*begins anew"):
+        with pytest.warns(UserWarning, match=r"gr-seeds-0\.msgpack is damaged.*begins anew"):
             state, done = checkpoint.load(fresh)
         assert state is fresh
         assert done == []
-        aside = checkpoint.path.with_name(f"gr-0.msgpack.damaged-{i}")
+        aside = checkpoint.path.with_name(f"gr-seeds-0.msgpack.damaged-{i}")
         assert aside.read_bytes() == content
         assert not checkpoint.path.exists()
 

@@ -378,7 +378,7 @@ def test_a_comparison_of_seeds_together_goes_on(tmp_path, monkeypatch):
         patch.setattr(Trainer, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare(config)
-    assert [path.name for path in tmp_path.glob("*.msgpack")] == ["sam-0-1.msgpack"]
+    assert [path.name for path in tmp_path.glob("*.msgpack")] == ["sam-seeds-0-1.msgpack"]
     text = compare(config)
     other = dataclasses.replace(config, out=tmp_path / "whole")
     without_time = [row.rpartition("|")[0].rpartition("|")[0] for row in text.splitlines()]

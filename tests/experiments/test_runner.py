@@ -405,14 +405,14 @@ def test_a_file_of_before_has_no_checksums_and_is_read(recorded):
 
 def test_what_killed_processes_leave_is_removed(recorded):
     folder = recorded.folder
-    names = ("plain-0.msgpack", "sam-0-1.msgpack", "plain-0-parameters.msgpack", ".runs.x.tmp")
+    kept = {"sam-seeds-0-1.msgpack", "sam-every-2-seeds-0.msgpack", "plain-0-parameters.msgpack"}
+    names = (*kept, "plain-seeds-0.msgpack", ".runs.x.tmp")
     for name in names:
         (folder / name).write_bytes(b"")
     with held(folder):
         remove_finished(recorded, Records(recorded).runs)
-    # That of an unfinished run, and what was learned, stay.
-    left = {path.name for path in folder.iterdir()}
-    assert left == {"runs.jsonl", "sam-0-1.msgpack", "plain-0-parameters.msgpack"}
+    # Those of unfinished runs, and what was learned, stay.
+    assert {path.name for path in folder.iterdir()} == {"runs.jsonl", *kept}
 
 
 def test_a_folder_is_written_by_one_process(recorded):
@@ -448,7 +448,7 @@ def test_a_file_made_with_other_options_is_refused_and_kept(recorded):
 @pytest.mark.parametrize("line", ["[]", "{}", "3"])
 def test_a_file_of_another_program_is_refused(tmp_path, line):
     (tmp_path / "runs.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match="not written by this program"):
+    with pytest.raises(ValueError, match="damaged, or was not written by this program"):
         Records(dataclasses.replace(TINY, out=tmp_path))
 
 

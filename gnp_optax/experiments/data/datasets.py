@@ -253,7 +253,7 @@ def _check_shards(folder: Path, name: str, files: list[Path]) -> None:
     """Raise unless the files are all parts of a split, each of them once."""
     if not files:
         raise FileNotFoundError(f"--data-dir: there is no {name}-*.parquet under {folder}.")
-    numbered = [re.fullmatch(r".*-(\d+)-of-(\d+)", file.stem) for file in files]
+    numbered = [re.fullmatch(r".*-(\d+)-of-(\d+)(?:-[0-9a-f]+)?", file.stem) for file in files]
     if len(files) == 1 and numbered[0] is None:
         return
     strange = [str(f) for f, match in zip(files, numbered, strict=True) if match is None]
@@ -267,7 +267,7 @@ def _check_shards(folder: Path, name: str, files: list[Path]) -> None:
     expected = [(i, n) for n in sorted(counts) for i in range(n)]
     if len(counts) > 1 or sorted(parts) != expected:
         missing = [f"{name}-{i:05}-of-{n:05}.parquet" for i, n in expected if (i, n) not in parts]
-        wrong = f"lacks {', '.join(missing[:3])}" if missing else "has a part twice"
+        wrong = f"lacks {', '.join(missing[:3])}" if missing else "has parts twice or too many"
         raise ValueError(
             f"--data-dir: the {name} split under {folder} {wrong}. Its files are "
             f"{', '.join(str(file.relative_to(folder)) for file in files[:6])}."

@@ -17,7 +17,7 @@ from gnp_optax.experiments.data.loading import load
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.recipes import named
 from gnp_optax.experiments.report.table import STYLES, markdown
-from gnp_optax.experiments.training.records import environment
+from gnp_optax.experiments.training.records import environment, held, replace
 from gnp_optax.experiments.training.trainer import Trainer
 
 Settings = dict[str, float]
@@ -102,7 +102,13 @@ class SweepConfig:
 def run(args: Sequence[str]) -> None:
     """Read the options, try all settings, print the table and what was chosen."""
     config = tyro.cli(SweepConfig, prog="python -m gnp_optax.experiments sweep", args=args)
-    sweep = Sweep(config, shlex.join(["python", "-m", "gnp_optax.experiments", "sweep", *args]))
+    command = shlex.join(["python", "-m", "gnp_optax.experiments", "sweep", *args])
+    with held(config.folder):
+        _sweep(config, command)
+
+
+def _sweep(config: SweepConfig, command: str) -> None:
+    sweep = Sweep(config, command)
     plain = sweep.best("plain")
     chosen = {"plain": plain}
     asked = named(config.recipe).methods if config.methods is None else config.methods
@@ -136,7 +142,7 @@ class Sweep:
         self._found: list[dict[str, Any]] = []
         config.folder.mkdir(parents=True, exist_ok=True)
         header = {"options": config.comparison.options, "seeds": config.seeds}
-        if self._path.exists():
+        if self._path.exists() and self._path.stat().st_size:
             first, *lines = self._read()
             if {name: first[name] for name in header} != header:
                 raise ValueError(
@@ -145,7 +151,7 @@ class Sweep:
             self._found = lines
         else:
             first = {**header, "command": command, **environment()}
-            self._path.write_text(json.dumps(first) + "\n")
+            replace(self._path, (json.dumps(first) + "\n").encode())
         self._trainer = Trainer(config.comparison, load(config.comparison, (0, 1)))
 
     def _read(self) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class Checkpoint:
     """The file of a run, or of several together: options, metrics so far, and the state."""
 
     def __init__(self, config: Config, method: Method, seeds: Sequence[int]) -> None:
-        self.path: Path = config.folder / f"{method}-{'-'.join(map(str, seeds))}.msgpack"
+        self.path: Path = config.folder / f"{method}-seeds-{'-'.join(map(str, seeds))}.msgpack"
         self._options = json.dumps(config.options, sort_keys=True)
         self._seconds = 60 * config.checkpoint_minutes
         self._saved = time.monotonic()
@@ -76,7 +76,7 @@ class Checkpoint:
 def remove_finished(config: Config, finished: Collection[Run]) -> None:
     """Remove the files of runs that have finished, which an interruption may leave."""
     for path in config.folder.glob("*.msgpack"):
-        match = re.fullmatch(r"(.+?)-(\d+(?:-\d+)*)", path.stem)
+        match = re.fullmatch(r"(.+)-seeds-(\d+(?:-\d+)*)", path.stem)
         if match and all((match[1], int(seed)) in finished for seed in match[2].split("-")):
             path.unlink()
 

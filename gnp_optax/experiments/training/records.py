@@ -85,7 +85,8 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Metrics], list[str]]:
         if number == 1:
             if line is None or "options" not in line:
                 raise ValueError(
-                    f"{path}, line 1, was not written by this program. Choose another --out."
+                    f"{path}, line 1, which says what the runs are of, is damaged, or was not "
+                    f"written by this program. Choose another --out; the file is kept."
                 )
             header = line
         elif line is not None and {"method", "seed", "epoch"} <= line.keys():
