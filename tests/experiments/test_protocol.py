@@ -187,7 +187,9 @@ def perturbed_by_hand(trainer, state, decays, late):
     order = np.asarray(jax.random.permutation(shuffle_key, trainer.train.labels.shape[1]))
     mask = jax.tree.map(float, late(state.params))
     params, memory = state.params, jax.tree.map(jnp.zeros_like, state.params)
-    opt_state = trainer.steps.optimizer(Scheduled._make([0.0] * 6), None).init(params)
+    opt_state = trainer.steps.optimizer(Scheduled._make([0.0] * len(Scheduled._fields)), None).init(
+        params
+    )
 
     def scaled(tree):
         norm = optax.tree.norm(tree)

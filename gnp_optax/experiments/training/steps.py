@@ -38,17 +38,12 @@ class Scheduled(NamedTuple):
     weight_decay: Any
     label_smoothing: Any
     is_sampled: Any  # whether the statistics of the optimizer are recorded
+    decay: Any = 0.0  # share that is kept of the gradients that are remembered
 
 
 class Memory(NamedTuple):
-    """How gradients are remembered, to perturb along them.
+    """That gradients are remembered, and which leaves are perturbed along them."""
 
-    Attributes:
-        decay: Share that is kept from step to step.
-        mask: Which leaves are perturbed so.
-    """
-
-    decay: float
     mask: Any
 
 
@@ -82,7 +77,7 @@ class Steps:
         rule = optimizer(self.config, at.learning_rate, at.weight_decay)
         if memory is None:
             return rule
-        return optax.chain(gnp.momentum_sam(at.r, memory.decay, mask=memory.mask), rule)
+        return optax.chain(gnp.momentum_sam(at.r, at.decay, mask=memory.mask), rule)
 
     def take(
         self, state: State, batch: Split, key: jax.Array, at: Scheduled, kind: Kind

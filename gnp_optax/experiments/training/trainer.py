@@ -133,7 +133,7 @@ class Trainer:
         mask = None
         if selects is not None and selects.order != "norm":
             mask = self._blocks(selects, "masked" if decay is None else "all")
-        memory = None if decay is None else Memory(decay, None if mask is None else ~mask)
+        memory = None if decay is None else Memory(None if mask is None else ~mask)
         return Kind(mask, memory=memory, is_split=method == "gr-plain-statistics")
 
     def _epochs(
@@ -187,11 +187,12 @@ class Trainer:
         pairs = methods.regularization(method, config.r, config.alpha, steps, warmup)
         rate = jax.vmap(optimizers.learning_rate(config, steps, warmup))(jnp.arange(steps))
         held = [np.full(steps, x) for x in (config.weight_decay, config.label_smoothing)]
+        decay = np.full(steps, methods.memory(method) or 0.0, np.float32)
         every = (*np.asarray(pairs).T, np.asarray(rate), *held)
         # For the warmup and as long again.
         sampled = np.arange(steps) % self.steps_per_epoch % self.epochs.stride == 0
         sampled &= np.arange(steps) < max(2 * warmup, self.steps_per_epoch)
-        return Scheduled._make([*(np.asarray(x, np.float32) for x in every), sampled])
+        return Scheduled._make([*(np.asarray(x, np.float32) for x in every), sampled, decay])
 
     def _lift(self, fun: Callable[..., Any], axes: Any, out: Any = 0) -> Callable[..., Any]:
         """Return the function of all runs that are trained together."""
