@@ -27,7 +27,7 @@ def value_and_grad(
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
-    surrogate_gap: jax.typing.ArrayLike = 0.0,
+    surrogate_gap: jax.typing.ArrayLike | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, PyTree]]:
     """Return a function for the value of `fun` and its regularized gradient.
@@ -109,11 +109,12 @@ def resolve(
     curvature: Curvature,
     perturb_dtype: jax.typing.DTypeLike | None,
     has_aux: bool,
-    surrogate_gap: jax.typing.ArrayLike = 0.0,
+    surrogate_gap: jax.typing.ArrayLike | None = None,
 ) -> Options:
     """Check the options that every public form shares, and fill in the default direction."""
     ascent = directions.normalized() if direction is None else direction
-    return Options(ascent, mask, scope, curvature, perturb_dtype, surrogate_gap, has_aux)
+    gap = 0.0 if surrogate_gap is None else surrogate_gap
+    return Options(ascent, mask, scope, curvature, perturb_dtype, gap, has_aux)
 
 
 def regularized(

@@ -54,7 +54,7 @@ def gradient_regularization(
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
-    surrogate_gap: float = 0.0,
+    surrogate_gap: float | None = None,
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Penalize the norm of the gradient.

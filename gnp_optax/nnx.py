@@ -27,7 +27,7 @@ def value_and_grad(
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
     perturb_dtype: jax.typing.DTypeLike | None = None,
-    surrogate_gap: jax.typing.ArrayLike = 0.0,
+    surrogate_gap: jax.typing.ArrayLike | None = None,
     has_aux: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Callable[..., tuple[Any, Any]]:

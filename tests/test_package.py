@@ -144,7 +144,7 @@ for name, (extra, needed) in gnp._EXTRAS.items():
 PUBLIC = {
     "gradient_regularization": (
         "(r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=0.0, has_aux=False)"
+        "perturb_dtype=None, surrogate_gap=None, has_aux=False)"
     ),
     "gsam": (
         "(rho, surrogate_gap, *, direction=None, mask=None, scope='all', perturb_dtype=None, "
@@ -160,7 +160,7 @@ PUBLIC = {
     ),
     "value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=0.0, has_aux=False)"
+        "perturb_dtype=None, surrogate_gap=None, has_aux=False)"
     ),
     "schedules.r_warmup": "(r, warmup_steps)",
     "schedules.lambda_warmup": "(alpha, warmup_steps)",
@@ -178,8 +178,8 @@ PUBLIC = {
     "masks.stacked": "(regex, *, last)",
     "masks.top_k_layers": "(grads, k, *, budget=None, cost=None)",
     "masks.cost": (
-        "(fun, params, mask, *args, scope='all', curvature='finite_difference', surrogate_gap=0.0, "
-        "has_aux=False, **kwargs)"
+        "(fun, params, mask, *args, scope='all', curvature='finite_difference', "
+        "surrogate_gap=None, has_aux=False, **kwargs)"
     ),
     "batching.accumulate": "(fun, micro_batches, *, has_aux=False)",
     "batching.m_sharpness": "(gradient, m, *, parallel=1, has_aux=False)",
@@ -226,7 +226,7 @@ PUBLIC = {
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=0.0, has_aux=False, wrt=Param)"
+        "perturb_dtype=None, surrogate_gap=None, has_aux=False, wrt=Param)"
     ),
     "nnx.perturbed": "(model, optimizer, *, perturb_dtype=None)",
     "plots.curve_style": "(n)",

@@ -164,7 +164,18 @@ _NOISY_DIGITS_VIT = dataclasses.replace(
 # A ResNet that fits its images, some of them with wrong labels: 16x16, so that CPUs can train it.
 _NOISY_CIFAR10 = dataclasses.replace(
     _RESNET20,
-    methods=("plain", "sam", "layerwise-last-1"),
+    methods=(
+        *("plain", "plain-label-smoothing", "plain-twice"),
+        *("sam", "stale-sam", "hybrid-sam", "layerwise-last-1"),
+    ),
+    settings=(
+        *("plain-label-smoothing:label_smoothing=0.1", "plain-label-smoothing:weight_decay=0.005"),
+        *("plain-twice:learning_rate=0.2", "plain-twice:weight_decay=0.0005"),
+        *("sam:r=0.2", "sam:weight_decay=0.005"),
+        *("stale-sam:r=0.2", "stale-sam:weight_decay=0.005"),
+        *("hybrid-sam:r=0.2", "hybrid-sam:weight_decay=0.0005"),
+        *("layerwise-last-1:r=0.8", "layerwise-last-1:weight_decay=0.0005"),
+    ),
     seeds=5,
     label_noise=0.4,
     train_examples=2000,
@@ -174,6 +185,7 @@ _NOISY_CIFAR10 = dataclasses.replace(
     epochs=24,
     warmup_epochs=1,
     decay="cosine",
+    learning_rate=0.2,
     weight_decay=5e-4,
     test_every=2,
     width=16,

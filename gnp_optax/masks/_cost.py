@@ -27,7 +27,7 @@ def cost(
     *args: Any,
     scope: Scope = "all",
     curvature: Curvature = "finite_difference",
-    surrogate_gap: float = 0.0,
+    surrogate_gap: float | None = None,
     has_aux: bool = False,
     **kwargs: Any,
 ) -> float:

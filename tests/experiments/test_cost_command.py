@@ -399,6 +399,11 @@ def test_without_time_nothing_runs_and_without_depths_there_is_no_figure(monkeyp
     assert {row["seconds"] for row in record["rows"]} == {None}
     body = cells((tmp_path / "cost.md").read_text().split("\n\n")[3])[2:]
     assert {row[2] for row in body} == {"-"}
+    assert len(body) == 2
+    options = ["--no-time", "--depths", "--compilations", "1", "--only", "^none$"]
+    cost.run([*options, "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    assert row["name"] == "plain gradient"
 
 
 def test_the_table_has_the_median_compilation_and_the_ratio_of_medians():
@@ -452,6 +457,7 @@ def test_every_model_that_can_be_asked_for_is_there():
             "--sequence-length must lie in 1 to 1024, got 1025",
         ),
         ({"model": "gpt2-small", "sequence_length": 0}, "--sequence-length must lie in 1 to 1024"),
+        ({"only": "("}, r"--only '\(' is no regular expression"),
     ],
 )
 def test_an_impossible_option_is_named(options, message):

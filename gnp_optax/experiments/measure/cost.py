@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import tyro
 
 from gnp_optax.experiments.config import option
 from gnp_optax.experiments.measure import cost_report
-from gnp_optax.experiments.measure.methods import Scope, Step, layerwise, methods
+from gnp_optax.experiments.measure.methods import PLAIN, Scope, Step, layerwise, methods
 from gnp_optax.experiments.measure.programs import Program, Programs, per_round
 from gnp_optax.experiments.measure.workload import Batch, Model, Params, Workload, workload
 from gnp_optax.experiments.training.records import environment
@@ -46,6 +47,8 @@ class CostConfig:
     time: bool = True
     """Whether to run the methods, too. With --no-time they are only compiled, for which the largest
     model needs no memory, and the table shows no times."""
+    only: str = ""
+    """Measure only the methods whose name this regular expression finds, beside the plain one."""
     depths: tuple[int, ...] | None = None
     """Blocks at which the perturbed part begins in the figure; the number of blocks stands for the
     head alone. Without it: five of the blocks, and the head. --depths with nothing after it: no
@@ -58,6 +61,10 @@ class CostConfig:
         for name in ("batch_size", "steps", "compilations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must be positive, got {getattr(self, name)}.")
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise ValueError(f"--only {self.only!r} is no regular expression: {error}.") from error
         length = self.sequence_length
         if length is not None and self.model != "gpt2-small":
             raise ValueError(f"--sequence-length is for --model gpt2-small, not {self.model}.")
@@ -84,7 +91,7 @@ def run(args: Sequence[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     chosen = workload(config.model, config.batch_size, config.dtype, config.length)
     rounds = config.steps if config.time else 0
-    found = measure(chosen, config.depths, rounds, config.compilations)
+    found = measure(chosen, config.depths, rounds, config.compilations, config.only)
     command = shlex.join(["python", "-m", "gnp_optax.experiments", "cost", *args])
     print(write(found, config, command), end="")
     print(f"\nWrote the results to {config.folder}.")
@@ -120,7 +127,11 @@ def write(found: dict[str, Any], config: CostConfig, command: str) -> str:
 
 
 def measure(
-    chosen: Workload, depths: Sequence[int] | None, rounds: int, compilations: int
+    chosen: Workload,
+    depths: Sequence[int] | None,
+    rounds: int,
+    compilations: int,
+    only: str = "",
 ) -> dict[str, Any]:
     """Measure every method, and the regularized gradient from each of the `depths` on.
 
@@ -129,6 +140,7 @@ def measure(
         depths: Blocks at which the perturbed part begins; None for five of them and the head.
         rounds: How often to time everything; 0 only compiles.
         compilations: How often to time the compilation of every method.
+        only: Which methods, as in `CostConfig`.
 
     Returns:
         The costs of every method by name (`rows`), and of every depth by scope (`depths`), ready
@@ -138,7 +150,7 @@ def measure(
         ValueError: If there is no such block.
     """
     blocks = _blocks(chosen.depth, depths)
-    rows = methods(chosen)
+    rows = [row for row in methods(chosen) if row.name == PLAIN or re.search(only, row.name)]
     swept = [(block, scope) for block in blocks for scope in get_args(Scope)]
     steps = [row.step for row in rows] + [layerwise(chosen, *at) for at in swept]
     counted = [row.counted for row in rows if row.counted is not None]
