@@ -1,7 +1,6 @@
 """The kinds of masks: hashable, and equal by value."""
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -130,8 +129,7 @@ class Union(Mask):
 
     def __call__(self, params: PyTree) -> PyTree:
         """Return whether each leaf is selected."""
-        either = functools.partial(_leaf_by_leaf, np.logical_or)
-        return functools.reduce(either, (mask(params) for mask in self.masks))
+        return _leaf_by_leaf(np.logical_or.reduce, *(mask(params) for mask in self.masks))
 
     def __repr__(self) -> str:
         return " | ".join(sorted(map(repr, self.masks)))
@@ -145,8 +143,7 @@ class Intersection(Mask):
 
     def __call__(self, params: PyTree) -> PyTree:
         """Return whether each leaf is selected."""
-        both = functools.partial(_leaf_by_leaf, np.logical_and)
-        return functools.reduce(both, (mask(params) for mask in self.masks))
+        return _leaf_by_leaf(np.logical_and.reduce, *(mask(params) for mask in self.masks))
 
     def __repr__(self) -> str:
         return " & ".join(
@@ -162,7 +159,7 @@ class Complement(Mask):
 
     def __call__(self, params: PyTree) -> PyTree:
         """Return whether each leaf is selected."""
-        return _leaf_by_leaf(np.logical_not, self.mask(params))
+        return _leaf_by_leaf(lambda flags: np.logical_not(*flags), self.mask(params))
 
     def __repr__(self) -> str:
         is_several = isinstance(self.mask, (Union, Intersection))
@@ -184,7 +181,7 @@ def _leaf_by_leaf(combine: Callable[..., Any], *selections: PyTree) -> PyTree:
     """Combine selections: of each leaf a bool, or one for each of the layers that it stacks."""
 
     def of_leaf(*flags: Any) -> Any:
-        found = combine(*flags)
+        found = combine(np.broadcast_arrays(*flags))
         return found if np.ndim(found) else bool(found)
 
     return jax.tree.map(of_leaf, *selections)

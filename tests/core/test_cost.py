@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from models.problems import mlp
+from models.problems import mlp, residual
 
 import gnp_optax as gnp
 
@@ -238,15 +238,8 @@ def test_memory_of_the_perturbed_layers_alone(scope):
 
 def test_a_surrogate_gap_behind_a_cut_costs_a_backward_pass_of_the_prefix():
     """And `gnp.masks.cost` knows it: `1 + q`, and half to two thirds of the rest."""
-    width, depth = 64, 6
-    keys = jax.random.split(jax.random.key(0), depth)
-    params = {f"layer_{i}": jax.random.normal(k, (width, width)) / 8 for i, k in enumerate(keys)}
-    x = jax.random.normal(jax.random.key(1), (2048, width))
-
-    def loss(params, x):
-        for w in params.values():
-            x = x + jnp.tanh(x @ w)
-        return jnp.mean(x**2)
+    depth = 6
+    params, loss, x = residual(depth)
 
     def flops(fun):
         return jax.jit(fun).lower(params, x).compile().cost_analysis()["flops"]

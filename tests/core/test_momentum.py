@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from models.problems import Quadratic, mlp
+from models.problems import Quadratic, mlp, residual
 from models.unshared import assert_same_tree, unshared
 
 import gnp_optax as gnp
@@ -201,15 +201,8 @@ def test_flops_memory_and_compilations_are_those_of_plain_training():
 
 def test_all_layers_cost_what_a_few_do():
     """Early ones along what is remembered, late ones along the fresh gradient: `1 + q`."""
-    width, depth = 64, 6
-    keys = jax.random.split(jax.random.key(0), depth)
-    params = {f"layer_{i}": jax.random.normal(k, (width, width)) / 8 for i, k in enumerate(keys)}
-    x = jax.random.normal(jax.random.key(1), (2048, width))
-
-    def loss(params, x):
-        for w in params.values():
-            x = x + jnp.tanh(x @ w)
-        return jnp.mean(x**2)
+    depth = 6
+    params, loss, x = residual(depth)
 
     late = gnp.masks.by_path(f"^layer_{depth - 1}$")
     tx = gnp.momentum_sam(0.1, 0.0, mask=~late)

@@ -82,6 +82,20 @@ def two_layers():
 MASK = {"a": False, "b": True}  # of two_matrices
 
 
+def residual(depth, width=64):
+    """Layers of equal cost, each of which is a leaf: (params, loss of (params, x), x)."""
+    keys = jax.random.split(jax.random.key(0), depth)
+    params = {f"layer_{i}": jax.random.normal(k, (width, width)) / 8 for i, k in enumerate(keys)}
+    x = jax.random.normal(jax.random.key(1), (2048, width))
+
+    def loss(params, x):
+        for w in params.values():
+            x = x + jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    return params, loss, x
+
+
 def two_matrices():
     """Parameters and inputs of `two_matrices_loss`, in the default precision."""
     rng = np.random.default_rng(0)
