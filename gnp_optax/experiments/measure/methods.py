@@ -122,7 +122,8 @@ def _remembered(workload: Workload, gradient: Gradient, mask: Any = None) -> Gra
         absent = structure.flatten_up_to(start.momentum)
         # Some that is no constant: the parameters.
         memory = [w if jax.tree.leaves(m) else m for w, m in zip(leaves, absent, strict=True)]
-        state = start._replace(momentum=jax.tree.unflatten(structure, memory))
+        momentum = jax.tree.unflatten(structure, memory)
+        state = start._replace(momentum=momentum, momentum_norm=optax.tree.norm(momentum))
         (loss, aux), grads = gradient(gnp.perturbed(params, state), batch)
         updates, state = tx.update(grads, state, params)
         return (loss, (aux, state)), updates
