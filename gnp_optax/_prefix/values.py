@@ -48,6 +48,10 @@ def rebuilt(value: Value, arrays: Iterator[Any]) -> Value:
 
 def joined(values: Sequence[Value], axis: int, array: Any = None) -> Value:
     """Return the concatenation; `array`, if it has been computed already."""
+    if len(values) == 1:
+        return values[0]
+    if array is not None and all(x.depends and x.layers is None for x in values):
+        return Value(array, True)
     parts: list[Value] = []
     for x in values:
         nested = x.layers is not None and x.layers.axis == axis
@@ -60,8 +64,7 @@ def joined(values: Sequence[Value], axis: int, array: Any = None) -> Value:
             else:
                 parts.append(part)
     if len(parts) == 1:
-        (part,) = parts
-        return part._replace(array=array) if array is not None and part.depends else part
+        return parts[0]
     if array is None:
         array = jax.lax.concatenate([x.array for x in parts], axis)
     return Value(array, True, Layers(axis, tuple(parts)))
