@@ -46,7 +46,7 @@ def _constants(
 ) -> list[Callable[[], Any] | None]:
     """Return how to compute the results, if they are small integers that are known by now."""
     inputs = [x.constant for x in given]
-    if eqn.effects or not are_indices(eqn.outvars) or not all(inputs):
+    if not are_known_indices(eqn, inputs):
         return [None] * len(eqn.outvars)
 
     @functools.cache
@@ -56,16 +56,22 @@ def _constants(
     return [functools.partial(lambda i: compute()[i], i) for i in range(len(eqn.outvars))]
 
 
-def are_indices(variables: Sequence[Any]) -> bool:
-    """Whether the variables are small arrays of integers."""
-    return all(map(_is_index, variables))
+def are_known_indices(eqn: core.JaxprEqn, inputs: Sequence[Any]) -> bool:
+    """Whether the results are few integers, computed from what is known: no input is `None`."""
+    known = all(x is not None for x in inputs) and not eqn.effects
+    return known and all(_is_index(v.aval) for v in eqn.outvars)
 
 
-def _is_index(v: Any) -> bool:
-    dtype = getattr(v.aval, "dtype", None)
-    kinds = (np.integer, np.bool_)
-    is_whole = isinstance(dtype, np.dtype) and any(np.issubdtype(dtype, kind) for kind in kinds)
-    return is_whole and v.aval.size <= _MOST_CONSTANTS
+def constant(x: Any) -> Value:
+    """Return what is known of a constant of a program."""
+    is_known = not isinstance(x, jax.core.Tracer) and _is_index(jax.typeof(x))
+    return Value(x, False, None, (lambda: np.asarray(x)) if is_known else None)
+
+
+def _is_index(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    is_whole = isinstance(dtype, np.dtype) and dtype.kind in "iub"
+    return is_whole and math.prod(aval.shape) <= _MOST_CONSTANTS
 
 
 # Each layer alone
@@ -82,7 +88,7 @@ def _by_layer(
     size = stacks[0].array.shape[axis]
     if any(x.array.shape[axis] != size for x in stacks):
         return None
-    mapped = _mapped(eqn, given, axis, size)
+    mapped = _mapped(eqn, given, axis, size, results)
     if mapped is None:
         return None
     of_layers, in_axes, out_axis = mapped
@@ -104,7 +110,7 @@ def _by_layer(
 
 
 def _mapped(
-    eqn: core.JaxprEqn, given: list[Value], axis: int, size: int
+    eqn: core.JaxprEqn, given: list[Value], axis: int, size: int, results: list[Any]
 ) -> tuple[Callable[..., Any], tuple[int | None, ...], int] | None:
     """Return the equation as a function of any number of layers, if it works on each alone.
 
@@ -120,7 +126,7 @@ def _mapped(
         if x.depends and not may_stack:
             return None
     types = [_type_of(v.aval) for v in eqn.invars]
-    ranks = {v.aval.ndim for v in eqn.outvars}
+    ranks = {np.ndim(x) for x in results}
     if len(ranks) != 1:
         return None
     (rank,) = ranks
@@ -129,6 +135,7 @@ def _mapped(
         if out_axis >= rank:
             continue
         for params in _parameters_of_one(eqn, axis, out_axis):
+
             def one(*arrays: Any, params: Any = params) -> list[Any]:
                 found = eqn.primitive.bind(*arrays, **params)
                 return found if eqn.primitive.multiple_results else [found]
@@ -155,13 +162,15 @@ def _is_written_as(eqn: core.JaxprEqn, jaxpr: core.Jaxpr) -> bool:
         and found.params == eqn.params
         and list(found.invars) == list(jaxpr.invars)
         and list(found.outvars) == list(jaxpr.outvars)
-        and [v.aval.shape for v in found.outvars] == [v.aval.shape for v in eqn.outvars]
+        and _shapes(found) == _shapes(eqn)
     )
 
 
-def _parameters_of_one(
-    eqn: core.JaxprEqn, axis: int, out_axis: int
-) -> Iterator[dict[str, Any]]:
+def _shapes(eqn: core.JaxprEqn) -> list[Any]:
+    return [getattr(v.aval, "shape", None) for v in eqn.outvars]
+
+
+def _parameters_of_one(eqn: core.JaxprEqn, axis: int, out_axis: int) -> Iterator[dict[str, Any]]:
     names = list(eqn.params)
     choices = []
     for value in eqn.params.values():
@@ -269,8 +278,10 @@ def _in_shape(value: Value, shape: tuple[int, ...]) -> Value | None:
     if len(groups) > 1 and shape[len(shape) - len(after) :] == after and groups[0]:
         return _in_groups(value, axis, groups)
     inner = len(old) - len(shape)
-    if inner > 0 and shape[axis] == size * math.prod(after[:inner]) and shape[axis + 1 :] == (
-        after[inner:]
+    if (
+        inner > 0
+        and shape[axis] == size * math.prod(after[:inner])
+        and shape[axis + 1 :] == (after[inner:])
     ):
         pieces = []
         for part in parts:

@@ -30,11 +30,11 @@ def opened(
 
 def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
     jaxpr = closed.jaxpr
-    env = {v: _constant(c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
+    env = {v: layerwise.constant(c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
     env.update(zip(jaxpr.invars, inputs, strict=True))
 
     def value(v: Any) -> Value:
-        return _constant(v.val) if isinstance(v, core.Literal) else env[v]
+        return layerwise.constant(v.val) if isinstance(v, core.Literal) else env[v]
 
     for eqn in jaxpr.eqns:
         given = [value(v) for v in eqn.invars]
@@ -43,10 +43,6 @@ def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
             found = layerwise.evaluated(jaxpr, eqn, given)
         env.update(zip(eqn.outvars, found, strict=True))
     return [value(v) for v in jaxpr.outvars]
-
-
-def _constant(x: Any) -> Value:
-    return Value(x, False, None, None if isinstance(x, jax.core.Tracer) else lambda: x)
 
 
 def _rewritten(eqn: core.JaxprEqn, given: list[Value]) -> list[Value] | None:

@@ -43,7 +43,9 @@ def rebuilt(value: Value, arrays: Iterator[Any]) -> Value:
     if value.layers is None:
         return value._replace(array=array)
     axis, parts = value.layers
-    return value._replace(array=array, layers=Layers(axis, tuple(rebuilt(p, arrays) for p in parts)))
+    return value._replace(
+        array=array, layers=Layers(axis, tuple(rebuilt(p, arrays) for p in parts))
+    )
 
 
 def joined(values: Sequence[Value], axis: int, array: Any = None) -> Value:
