@@ -267,6 +267,8 @@ def _reshaped(
 
 def _in_shape(value: Value, shape: tuple[int, ...]) -> Value | None:
     """Divide the layers into groups, or undo that."""
+    if value.array.shape == shape:
+        return value
     if value.layers is None:
         return Value(jax.lax.reshape(value.array, shape), value.depends)
     axis, parts = value.layers
@@ -310,7 +312,7 @@ def _in_groups(value: Value, axis: int, groups: tuple[int, ...]) -> Value | None
             shape = (*before, *groups[1:], *after)
         else:
             shape = (*before, stop - start, *groups[1:], *after)
-        found = piece if piece.array.shape == shape else _in_shape(piece, shape)
+        found = _in_shape(piece, shape)
         if found is None:
             return None
         pieces.append(found)
