@@ -220,13 +220,21 @@ def test_costs_what_a_loop_over_a_concatenation_costs(name):
         assert abs(found - expected) < 0.03
 
 
-NUMBERS = ["list", "barrier", "pairs", "by index"]
-
-
-@pytest.mark.exhaustive(but=NUMBERS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.exhaustive(but=["list", "by two indices"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "list",
+        "by two indices",
+        "whole loss in a checkpoint",
+        "prepared one by one",
+        "scan of checkpointed scans",
+        "in groups and back",
+    ],
+)
 @pytest.mark.usefixtures("x64")
 def test_same_numbers_as_without_sharing(name):
+    """Of the others, test_programs.py has the like."""
     params, x = parameters(name, 3), jnp.linspace(-1, 1, 12).reshape(4, 3)
     found, expected = (
         jax.jit(transform(MODELS[name], 0.1, 0.7, mask=chosen))(params, x)
