@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-from gnp_optax._prefix import jaxprs, layerwise, values
+from gnp_optax._prefix import indices, jaxprs, values
 from gnp_optax._prefix.values import Value
 
 
@@ -105,12 +105,12 @@ class _Seen:
 
 def _followed(closed: core.ClosedJaxpr, inputs: Sequence[Known], seen: _Seen) -> list[Known]:
     jaxpr = closed.jaxpr
-    consts = outside(list(map(layerwise.constant, closed.consts)))
+    consts = outside(list(map(indices.constant, closed.consts)))
     env = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
 
     def known(atoms: Sequence[Any]) -> list[Known]:
-        literals = [layerwise.constant(v.val) for v in atoms if isinstance(v, core.Literal)]
+        literals = [indices.constant(v.val) for v in atoms if isinstance(v, core.Literal)]
         found = iter(outside(literals))
         return [next(found) if isinstance(v, core.Literal) else env[v] for v in atoms]
 
@@ -125,12 +125,12 @@ def _results(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, given: list[Known], seen: _S
         return _followed(jaxprs.inner_program(eqn), given, seen)
     constants = [x.constant for x in given]
     if not any(x.depends for x in given):
-        if layerwise.are_known_indices(eqn, constants):
+        if indices.are_known(eqn, constants):
             return [Known(False, None, x) for x in jaxprs.run_now(jaxpr, eqn, constants)]
         return [Known(False)] * len(eqn.outvars)
     stack, others = given[0].source, given[1:]
     if stack is not None and not any(x.depends for x in others):
-        is_clean = layerwise.picks_clean_layers(eqn, stack, constants)
+        is_clean = indices.picks_clean_layers(eqn, stack, constants)
         seen.pick |= is_clean
         if is_clean:
             return [Known(False)] * len(eqn.outvars)

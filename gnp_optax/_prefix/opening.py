@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from gnp_optax._prefix import jaxprs, layerwise, loops, values
+from gnp_optax._prefix import indices, jaxprs, layerwise, loops, values
 from gnp_optax._prefix.values import Value
 
 
@@ -30,11 +30,11 @@ def opened(
 
 def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
     jaxpr = closed.jaxpr
-    env = {v: layerwise.constant(c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
+    env = {v: indices.constant(c) for v, c in zip(jaxpr.constvars, closed.consts, strict=True)}
     env.update(zip(jaxpr.invars, inputs, strict=True))
 
     def value(v: Any) -> Value:
-        return layerwise.constant(v.val) if isinstance(v, core.Literal) else env[v]
+        return indices.constant(v.val) if isinstance(v, core.Literal) else env[v]
 
     for eqn in jaxpr.eqns:
         given = [value(v) for v in eqn.invars]

@@ -130,7 +130,10 @@ def without_perturbed(value: Value) -> Any:
 
 def depending(value: Value, axis: int) -> list[bool]:
     """Return which layers along an axis depend, at least in part."""
-    size = value.array.shape[axis]
-    if value.layers is None or value.layers.axis != axis:
-        return [value.depends] * size
-    return [p.depends for p in value.layers.parts for _ in range(p.array.shape[axis])]
+    if value.layers is None:
+        return [value.depends] * value.array.shape[axis]
+    at, parts = value.layers
+    each = [depending(part, axis) for part in parts]
+    if at == axis:
+        return [flag for flags in each for flag in flags]
+    return [any(flags) for flags in zip(*each, strict=True)]
