@@ -49,6 +49,11 @@ def over_a_list(blocks):
     return tree_map(lambda *layers: jnp.stack(layers), *blocks)
 
 
+def over_a_list_along_another_axis(blocks):
+    stacks = tree_map(lambda *layers: 2 * jnp.stack(layers, axis=-1), *blocks)
+    return tree_map(lambda w: jnp.moveaxis(w, -1, 0) / 2, stacks)
+
+
 def sharded(blocks):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
     spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "data"))
@@ -155,6 +160,7 @@ def carried_with_their_index(params, x):
 
 MODELS = {
     "list": over(over_a_list),
+    "list along another axis": over(over_a_list_along_another_axis),
     "checkpointed scan": of_blocks(
         lambda blocks, h: jax.checkpoint(lambda h, p: lax.scan(step, h, p)[0])(h, blocks)
     ),
@@ -187,14 +193,14 @@ def parameters(name, width):
         "kernel": jax.random.normal(keys[0], (LAYERS, width, width)) / width**0.5,
         "bias": jax.random.normal(keys[1], (LAYERS, width)) / 4,
     }
-    if name == "list":
+    if "list" in name:
         blocks = [at(blocks, i) for i in range(LAYERS)]
     embed, head = jax.random.normal(keys[2], (3, width)), jax.random.normal(keys[3], (width, 3))
     return {"embed": embed, "blocks": blocks, "head": head}
 
 
 def mask(name, last=1):
-    if name == "list":
+    if "list" in name:
         blocks = "|".join(f"^blocks_{i}/" for i in range(LAYERS - last, LAYERS))
         return gnp.masks.by_path(f"{blocks}|^head")
     return gnp.masks.stacked("^blocks/", last=last) | gnp.masks.by_path("^head")
