@@ -59,14 +59,14 @@ def iterations(eqn: core.JaxprEqn, given: Sequence[Known]) -> Iterator[Iteration
     consts, carry = list(given[:num_consts]), list(given[num_consts : num_consts + num_carry])
     stacks = given[num_consts + num_carry :]
     length = eqn.params["length"]
+    followed: list[Any] = []
     for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
         row = [_row(x, i) for x in stacks]
-        seen = _Seen()
         inputs = [*consts, *carry, *row]
-        if any(x.depends for x in inputs):
+        state = [(x.depends, id(x.source), _bytes(x.constant)) for x in inputs]
+        if state != followed:
+            seen, followed = _Seen(), state
             results = _followed(eqn.params["jaxpr"], inputs, seen)
-        else:
-            results = [Known(False)] * len(eqn.outvars)
         pairs = zip(results[:num_carry], carry, strict=True)
         unchanged = [a.source is not None and a.source is b.source for a, b in pairs]
         others = [*(not same for same in unchanged), *[True] * (len(results) - num_carry)]
@@ -94,6 +94,10 @@ def arity(eqn: core.JaxprEqn) -> tuple[int, int]:
 def _row(x: Known, place: int) -> Known:
     depends = x.depends if x.source is None else values.depending(x.source, 0)[place]
     return Known(depends, None, None if x.constant is None else x.constant[place])
+
+
+def _bytes(constant: np.ndarray | None) -> bytes | None:
+    return None if constant is None else constant.tobytes()
 
 
 class _Seen:

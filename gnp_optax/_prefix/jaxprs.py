@@ -73,7 +73,7 @@ _PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot", "rag
 
 
 class Uncut(Exception):  # noqa: N818
-    """Why an equation was not cut, in words that end "... was not cut, since"."""
+    """Why a loop, a checkpoint or a call was not cut."""
 
 
 def variables(atoms: Iterable[Any]) -> list[Var]:

@@ -31,10 +31,11 @@ def in_two(eqn: core.JaxprEqn, given: list[Value], run: Run) -> list[Value]:
     if start > 0:
         consts, before = (list(map(values.without_perturbed, x)) for x in (loop.consts, carry))
         found, rows = _scan(loop, consts, before, 0, start)
+        known = first.carry if start < loop.length else first.results[: len(carry)]
         carry = [
             old if same else Value(x, False, None, _known(constant))
             for old, same, x, (_, _, constant) in zip(
-                carry, first.unchanged, found, first.carry, strict=True
+                carry, first.unchanged, found, known, strict=True
             )
         ]
         pieces.append([Value(x, False) for x in rows])
@@ -89,8 +90,12 @@ def _loop(eqn: core.JaxprEqn, given: list[Value]) -> _Loop:
 
 
 def _first_that_depends(eqn: core.JaxprEqn, loop: _Loop) -> tuple[int, iterations.Iteration, bool]:
-    """Return which iteration depends on a perturbed leaf, and whether only in part."""
+    """Return which iteration depends on a perturbed leaf, and whether only in part.
+
+    If none does, it is one behind the last, and what is known is of the last.
+    """
     given = iterations.outside([*loop.consts, *loop.carry, *loop.stacks])
+    found = None
     for i, found in enumerate(iterations.iterations(eqn, given)):
         if found.depends:
             mixed = any(_rows(loop, x, i, i + 1).layers for x in loop.stacks)
@@ -99,7 +104,9 @@ def _first_that_depends(eqn: core.JaxprEqn, loop: _Loop) -> tuple[int, iteration
                 s or not x.depends for x, s in zip(found.carry, found.unchanged, strict=True)
             )
             return i, found, known and (found.picks or mixed)
-    raise jaxprs.Uncut("nothing that it computes depends on a perturbed leaf")
+    if found is None:
+        raise jaxprs.Uncut("the loop has no iterations")
+    return loop.length, found, False
 
 
 def _known(constant: Any) -> Callable[[], Any] | None:

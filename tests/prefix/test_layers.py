@@ -267,6 +267,20 @@ def test_a_loop_whose_first_layer_is_perturbed_is_left_whole():
         assert 1.95 < gnp.masks.cost(MODELS[name], params, chosen, x) < 2.03
 
 
+def test_a_loop_that_only_hands_on_what_is_perturbed_is_shared():
+    def loss(params, x):
+        def one(carry, x):
+            h, params = carry
+            return (jnp.tanh(h @ params["blocks"]["kernel"][0]) + x, params), h
+
+        h = x @ params["embed"]
+        (h, params), outputs = lax.scan(one, (h, params), jnp.stack([h, 2 * h]))
+        return jnp.sum((h + outputs[1]) @ params["head"])
+
+    chosen = {"embed": False, "blocks": False, "head": True}
+    assert gnp.masks.cost(loss, parameters("", 64), chosen, jnp.zeros((512, 3))) < 1.1
+
+
 @pytest.mark.parametrize("last", [1, 2])
 def test_a_group_of_layers_that_is_perturbed_in_part_is_cut_itself(last):
     found = cost("scan of scans", MODELS["scan of scans"], last)
