@@ -44,11 +44,11 @@ def value_and_grad(
     With a mask, what `fun` computes before it first uses a perturbed leaf is computed, and
     differentiated, once for both passes. That costs `1 + q` ordinary gradients, with q the share of
     what comes after; `gnp.masks.cost` tells it beforehand. The cut goes through calls of jitted
-    functions, through `jax.checkpoint`, and between the layers of a `lax.scan` over stacked
-    parameters (see `gnp.masks.stacked`); any other loop, branch or function with a custom
-    derivative is on one side as a whole. Effects such as `jax.debug.print` happen once before the
-    cut and in each pass after it. If a loss can't be cut at all, it is computed twice, and the
-    logger "gnp_optax" tells why at level DEBUG.
+    functions, through `jax.checkpoint`, and between the layers of a `lax.scan` or `lax.fori_loop`
+    over stacked parameters (see `gnp.masks.stacked`); any other loop, branch or function with a
+    custom derivative is on one side as a whole. Effects such as `jax.debug.print` happen once
+    before the cut and in each pass after it. If a loss can't be cut at all, it is computed twice,
+    and the logger "gnp_optax" tells why at level DEBUG.
 
     Args:
         fun: Loss `fun(params, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.

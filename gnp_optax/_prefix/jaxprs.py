@@ -3,13 +3,16 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 Var = Any  # `core.Var`, which is not generic enough for a type checker in every version
 Env = dict[Var, Any]
 
 JIT = frozenset({"jit", "pjit"})
+CHECKPOINT = frozenset({"checkpoint", "remat", "remat2"})
 
 # An effect that names an axis only says which mapped axes a collective is over.
 _HARMLESS = frozenset({"NamedAxisEffect"})
@@ -67,6 +70,10 @@ _CHEAP = frozenset(
 )
 
 _PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "ragged_dot", "ragged_dot_general"})
+
+
+class Uncut(Exception):  # noqa: N818
+    """Why a loop, a checkpoint or a call was not cut."""
 
 
 def variables(atoms: Iterable[Any]) -> list[Var]:
@@ -154,6 +161,30 @@ def evaluate(jaxpr: core.Jaxpr, eqns: Sequence[core.JaxprEqn], env: Env) -> Env:
     )
     values = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))(*(env[v] for v in given))
     return dict(zip(results, values, strict=True))
+
+
+def run(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list[Any]:
+    """Run one equation of a jaxpr on other operands; those in the place of literals are ignored."""
+    pairs = zip(eqn.invars, arrays, strict=True)
+    results = evaluate(jaxpr, [eqn], {v: x for v, x in pairs if not isinstance(v, core.Literal)})
+    return [results[v] for v in eqn.outvars]
+
+
+def run_now(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, arrays: Sequence[Any]) -> list[np.ndarray]:
+    """Run one equation while others are traced."""
+    pairs = zip(arrays, eqn.invars, strict=True)
+    given = [np.asarray(x, getattr(v.aval, "dtype", None)) for x, v in pairs]
+    with jax.ensure_compile_time_eval():
+        if inner_jaxprs(eqn):
+            return [np.asarray(x) for x in run(jaxpr, eqn, given)]
+        found = eqn.primitive.bind(*given, **eqn.params)  # much faster, and there are many
+        return [np.asarray(x) for x in (found if eqn.primitive.multiple_results else [found])]
+
+
+def inner_program(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+    """Return what a call of a jitted function or of a checkpoint runs."""
+    inner = eqn.params["jaxpr"]
+    return inner if eqn.primitive.name in JIT else core.ClosedJaxpr(inner, ())
 
 
 def partition(

@@ -44,9 +44,10 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     """Cut the loss for leaves such as these.
 
     Cut by dependence, not by position: each equation that depends on a perturbed leaf belongs to
-    the suffix. Calls of jitted functions are opened; other equations with functions inside (a loop,
-    a branch, a custom derivative) are left whole. Where there is nothing to share, or the loss
-    can't be traced before it is differentiated, or has mutable state, the prefix is empty.
+    the suffix. Calls of jitted functions are opened, checkpoints and loops over layers are cut;
+    other equations with functions inside (a branch, a custom derivative) are left whole. Where
+    there is nothing to share, or the loss can't be traced before it is differentiated, or has
+    mutable state, the prefix is empty.
     """
     whole = uncut(loss)
     # To differentiate integers is an error, which JAX explains.

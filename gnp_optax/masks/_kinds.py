@@ -79,8 +79,9 @@ def matrices() -> Callable[[PyTree], PyTree]:
 def stacked(regex: str, *, last: int) -> Callable[[PyTree], PyTree]:
     """Select the last layers of leaves that stack layers along their first axis, for `lax.scan`.
 
-    With prefix sharing the loop is cut: the first layers are computed once. That needs one forward
-    `lax.scan` over the stacks as they are, or cast to another type.
+    With prefix sharing the loop is cut: the first layers are computed once. That goes for a
+    `lax.scan` over the stacks and for a `lax.fori_loop` that picks layers by index; before, the
+    stacks may be joined, divided into groups, or changed layer by layer.
 
     Args:
         regex: The leaves whose path matches, as in `by_path`.

@@ -261,3 +261,36 @@ def test_momentum_sam_on_sharded_parameters():
         assert kernel.sharding.is_equivalent_to(sharded["body"]["kernel"].sharding, kernel.ndim)
         """
     )
+
+
+@pytest.mark.exhaustive
+def test_layers_whose_sharding_is_constrained_before_a_scan():
+    """Among the devices, the layers that are perturbed are not divided evenly."""
+    run_on_eight_devices(
+        """
+        jax.config.update("jax_enable_x64", True)
+        mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+        rng = np.random.default_rng(0)
+        kernel, head = (jnp.asarray(rng.normal(size=s)) for s in ((8, 16, 16), (16, 3)))
+        params, x = {"kernel": kernel / 4, "head": head}, jnp.asarray(rng.normal(size=(256, 16)))
+        mask = gnp.masks.stacked("^kernel", last=3) | gnp.masks.by_path("^head")
+
+        def loss(params, of):
+            kernel = params["kernel"]
+            if of is not None:
+                kernel = jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, of))
+            h, _ = jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, kernel)
+            return jnp.mean((h @ params["head"]) ** 2)
+
+        def gradient(params, spec):
+            compute = gnp.value_and_grad(loss, 0.1, 0.7, mask=mask)
+            return jax.jit(compute, static_argnums=1)(params, spec)
+
+        expected = gradient(params, None)
+        for spec in (P("a"), P(None, "b"), P(("a", "b"))):
+            placed = {**params, "kernel": put_on(mesh, params["kernel"], spec)}
+            check(gradient(placed, spec), expected)
+            costs = [gnp.masks.cost(loss, params, mask, of=of) for of in (spec, None)]
+            assert abs(costs[0] - costs[1]) < 0.03, costs
+        """
+    )
