@@ -75,6 +75,9 @@ def test_top_k_layers_in_float16_does_not_overflow():
         lambda: masks.layers("head"),
         lambda: masks.top_k_layers(jax.grad(mlp()[1])(*[mlp()[i] for i in (0, 2, 3)]), 1),
         lambda: masks.stacked("^blocks", last=2) | masks.by_path("^head"),
+        lambda: (
+            masks.stacked("^blocks", last=2, axis=1) & ~masks.stacked("^blocks", last=1, axis=1)
+        ),
         lambda: ~masks.by_path("^head"),
         lambda: ~(masks.matrices() | masks.layers("head")) & masks.by_path("a"),
         lambda: (masks.by_path("a") | masks.by_path("b")) & ~(masks.matrices() & masks.layers("c")),
@@ -171,6 +174,56 @@ def test_stacked_selects_the_last_layers():
     assert found["head"] is False
 
 
+def test_stacked_along_another_axis():
+    params = {"blocks": {"kernel": jnp.zeros((2, 3, 2)), "scale": jnp.zeros((4, 3))}}
+    two, one = (masks.stacked("^blocks/", last=n, axis=1) for n in (2, 1))
+    assert masks.stacked("^blocks/", last=1, axis=0) == masks.stacked("^blocks/", last=1) != one
+    for mask, expected in (
+        (two, [[False, True, True]]),
+        (~one, [[True, True, False]]),
+        (two & ~one, [[False, True, False]]),
+        (one | masks.by_path("^blocks/"), [[True, True, True]]),
+    ):
+        for leaf in mask(params)["blocks"].values():
+            np.testing.assert_array_equal(leaf, expected)
+
+
+LONG = {
+    "encoder": {"w": jnp.zeros((4, 3, 3)), "keys": jax.random.split(jax.random.key(0), 2)},
+    "decoder": {"w": jnp.zeros((2, 3, 3))},
+}
+
+
+@pytest.mark.parametrize(
+    ("mask", "params", "message"),
+    [
+        (  # the last row of a feature axis, in some leaves of 2, in others of 4
+            masks.stacked("^b", last=1),
+            {"b": {"kernel": jnp.zeros((2, 3, 2)), "scale": jnp.zeros((4, 3))}},
+            r"'b/kernel' has the shape \(2, 3, 2\), 'b/scale' has the shape \(4, 3\)\. .* "
+            r"along axis 0, .* along axis 1: stacked\('\^b', last=1, axis=1\)\.",
+        ),
+        (
+            masks.stacked("coder/", last=2),
+            LONG,
+            r"'decoder/w' has .*, 'encoder/w' has .* match each alone, .* "
+            r"stacked\('\^encoder/', last=2\) \| stacked\('\^decoder/', last=2\)\.",
+        ),
+        (masks.stacked("decoder", last=3), LONG, r"along axis 1: .*last=3, axis=1"),
+        (masks.stacked("decoder", last=1, axis=3), LONG, r"axis 3.* along axis 0: "),
+        (
+            masks.stacked("^encoder/", last=1) | masks.stacked("coder/", last=1, axis=1),
+            LONG,
+            "layers of the same leaf along different axes, 0 and 1",
+        ),
+    ],
+)
+def test_stacks_that_do_not_fit(mask, params, message):
+    with pytest.raises(ValueError, match=message):
+        mask(params)
+    masks.stacked("^encoder/", last=4)(LONG)
+
+
 def test_union_selects_what_either_selects():
     found = (masks.stacked("kernel", last=1) | masks.by_path("bias|head"))(STACK)
     np.testing.assert_array_equal(found["blocks"]["kernel"], [False, False, True])
@@ -217,6 +270,13 @@ def test_layers_of_a_stack_as_leaves_of_their_own(rows, scope):
         expected = jnp.stack(both(form, of_list, list(map(jnp.asarray, kernels)), chosen))
         found = both(form, of_stack, jnp.asarray(kernels), np.array(chosen))
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+        found = both(
+            form,
+            lambda params: of_stack(jnp.moveaxis(params, 1, 0)),
+            jnp.moveaxis(jnp.asarray(kernels), 0, 1),
+            np.array([chosen]),
+        )
+        np.testing.assert_allclose(jnp.moveaxis(found, 1, 0), expected, rtol=1e-12, atol=1e-14)
 
 
 def deep(width=64):
