@@ -10,7 +10,6 @@ from models.problems import mlp, through_transformation
 
 import gnp_optax as gnp
 from gnp_optax import masks
-from gnp_optax.masks import _cost
 
 PARAMS = {
     "embed": jnp.ones((4, 2)),
@@ -348,14 +347,6 @@ def test_cost_counts_a_mixture_of_experts_as_what_it_multiplies():
         )
     )
     assert abs(experts - one) < 0.02
-
-
-def test_cost_counts_every_element_that_is_scattered_or_reduced():
-    def of(fun):
-        return _cost.flops(fun, jnp.zeros((1000, 64)))
-
-    assert of(lambda t: t.at[:50].add(1.0)) >= 64_000
-    assert of(lambda t: jax.lax.reduce(t, 1.0, lambda a, b: a * b + a, (0, 1))) >= 64_000
 
 
 def test_cost_takes_aux_of_any_kind():
