@@ -47,8 +47,8 @@ def value_and_grad(
     functions, through `jax.checkpoint`, and between the layers of a `lax.scan` over stacked
     parameters (see `gnp.masks.stacked`); any other loop, branch or function with a custom
     derivative is on one side as a whole. Effects such as `jax.debug.print` happen once before the
-    cut and in each pass after it. If a loss can't be cut at all, it is computed twice, and the
-    logger "gnp_optax" tells why at level DEBUG.
+    cut and in each pass after it. What can't be cut is computed twice; `gnp.masks.explain` tells
+    what and why, and so does the logger "gnp_optax" at level DEBUG.
 
     Args:
         fun: Loss `fun(params, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
@@ -202,9 +202,9 @@ def _shared(loss: Loss, params: Point, options: Options, is_plain: bool) -> _Sha
     perturbed, unperturbed = params
     # Traced once, the suffix could not compute in two types.
     if is_plain or perturbation.is_retyped(perturbed, options.perturb_dtype):
-        prefix, suffix = _prefix.uncut(loss)
+        prefix, suffix, *_ = _prefix.uncut(loss)
     else:
-        prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
+        prefix, suffix, *_ = _prefix.cut(loss, perturbed, unperturbed)
     boundary, pull, values = jax.vjp(prefix, unperturbed, has_aux=True)
 
     def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:

@@ -181,6 +181,10 @@ PUBLIC = {
         "(fun, params, mask, *args, scope='all', curvature='finite_difference', "
         "surrogate_gap=None, has_aux=False, **kwargs)"
     ),
+    "masks.explain": (
+        "(fun, params, mask, *args, scope='all', curvature='finite_difference', "
+        "surrogate_gap=None, has_aux=False, **kwargs)"
+    ),
     "batching.accumulate": "(fun, micro_batches, *, has_aux=False)",
     "batching.m_sharpness": "(gradient, m, *, parallel=1, has_aux=False)",
     "diagnostics.hessian_eigenvalues": (

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+from jax.extend import core, source_info_util
 
-from gnp_optax._prefix import jaxprs
+from gnp_optax._prefix import jaxprs, refusals
 
 _CHECKPOINT = frozenset({"checkpoint", "remat", "remat2"})
 # On a stack of layers these work on each layer alone, and have no shape among their parameters.
@@ -54,9 +54,12 @@ def _run(closed: core.ClosedJaxpr, inputs: Sequence[_Value]) -> list[_Value]:
 
     for eqn in jaxpr.eqns:
         given = [value(v) for v in eqn.invars]
-        found = _rewritten(eqn, given) if any(x.depends for x in given) else None
+        with source_info_util.user_context(eqn.source_info.traceback):  # the user's line, not ours
+            found = _rewritten(eqn, given) if any(x.depends for x in given) else None
         if found is None:
             depends = any(x.depends for x in given)
+            if depends:
+                refusals.add(eqn)
             arrays = {v: env[v].array for v in jaxprs.read(eqn)}
             results = jaxprs.evaluate(jaxpr, [eqn], arrays)
             found = [_Value(results[v], depends) for v in eqn.outvars]

@@ -9,7 +9,8 @@ its first axis, `(1, layers)` along its second.
 """
 
 from gnp_optax.masks._cost import cost
+from gnp_optax.masks._explain import explain
 from gnp_optax.masks._kinds import by_path, layers, matrices, stacked
 from gnp_optax.masks._ranking import top_k_layers
 
-__all__ = ["by_path", "cost", "layers", "matrices", "stacked", "top_k_layers"]
+__all__ = ["by_path", "cost", "explain", "layers", "matrices", "stacked", "top_k_layers"]

@@ -28,8 +28,9 @@ def cost(
     """Return what a regularized gradient will cost, in ordinary gradients.
 
     The ratio of the floating-point operations of `gnp.value_and_grad(fun, ..., mask=mask)` and of
-    `jax.value_and_grad(fun)`, counted in their traces: nothing is compiled or run. It is about
-    `1 + q`, where q is the share of what follows the first use of a perturbed leaf.
+    `jax.value_and_grad(fun)`, counted in their traces as XLA counts those of compiled programs:
+    nothing is compiled or run. It is about `1 + q`, where q is the share of what follows the first
+    use of a perturbed leaf. Why it is not less, `gnp.masks.explain` tells.
 
     Args:
         fun: Loss `fun(params, *args, **kwargs)`, or `(loss, aux)` with `has_aux`.
@@ -43,7 +44,8 @@ def cost(
         **kwargs: Keyword arguments of `fun`, taken as constants.
 
     Returns:
-        The ratio. A `while_loop` counts as if it ran once, `lax.cond` as its dearest branch.
+        The ratio. A loop counts as often as it runs, a `while_loop` as if it ran once, `lax.cond`
+        as its dearest branch.
 
     Raises:
         TypeError, ValueError: As `gnp.value_and_grad`.
