@@ -15,7 +15,7 @@ class NotCut(NamedTuple):
 
     Attributes:
         what: The kind of it, such as "a scan of 12 iterations".
-        where: The line of the user's code that calls it, or the names of the modules around it.
+        where: The line that calls it, and the names of the modules around it, as JAX knows them.
         why: Why it was not cut.
     """
 
@@ -75,6 +75,6 @@ def add(eqn: core.JaxprEqn, why: str | None = None) -> None:
 
 
 def where(eqn: core.JaxprEqn) -> str:
-    """Return the line of the user's code that an equation comes from, if JAX knows it."""
-    line = source_info_util.summarize(eqn.source_info)
-    return str(eqn.source_info.name_stack) if line == "unknown" else line
+    """Return the line that an equation comes from, and the modules around it, as JAX knows them."""
+    line, modules = source_info_util.summarize(eqn.source_info), str(eqn.source_info.name_stack)
+    return f"{line}, in {modules}" if modules else line

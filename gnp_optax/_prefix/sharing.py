@@ -29,8 +29,8 @@ class Cut(NamedTuple):
     `prefix(unperturbed)` returns the boundary, through which the loss depends on the unperturbed
     leaves, and a list of further values, which need no gradient: what comes from data or random
     keys alone, integers, what is only compared or only returned. `suffix(perturbed, boundary,
-    values)` returns the loss and aux. `begins` is where that first uses a perturbed leaf, and
-    `not_cut` what was left whole.
+    values)` returns the loss and aux. `begins` is where the first matrix
+    product of it stands, and `not_cut` what was left whole.
     """
 
     prefix: Callable[[Arrays], tuple[Arrays, Arrays]]
@@ -126,8 +126,8 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     # What a custom derivative holds may be of a trace around the loss, and so still be there.
     if held and not held <= _held(_gradient_of(lambda p, u: loss(p, u)[0], perturbed, unperturbed)):
         raise ValueError("A custom derivative holds a value of the loss as it was traced.")
-    first = next((eqn for eqn in after if not own.isdisjoint(jaxprs.read(eqn))), None)
-    begins = "" if first is None else refusals.where(first)
+    products = (e for e in after if jaxprs.has_product(e) and not own.isdisjoint(jaxprs.read(e)))
+    begins = next(map(refusals.where, products), "")
     return handing_over([v for i, v in enumerate(boundary) if i in reached])._replace(begins=begins)
 
 

@@ -20,8 +20,8 @@ class Explanation(NamedTuple):
     Attributes:
         cost: What `gnp.masks.cost` returns.
         shared: The share of the loss's operations that both passes have in common.
-        begins: The line that first uses a perturbed leaf; from there on all is computed twice that
-            depends on one. Empty where nothing is shared.
+        begins: The line of the first matrix product that is computed in both passes, since it
+            depends on a perturbed leaf; empty if there is none.
         not_cut: What is computed twice as a whole: loops, checkpoints, calls, each a tuple
             `(what, where, why)`.
     """

@@ -322,7 +322,7 @@ def test_cost_counts_a_loop_as_often_as_it_runs():
             return jnp.tanh(h @ kernel), None
 
         h, _ = jax.lax.scan(body, x, params["stack"])
-        return jnp.sum(h @ params["head"])
+        return jnp.sum((h @ params["head"]) ** 2)
 
     params = {"stack": jnp.zeros((15, 64, 64)), "head": jnp.zeros((64, 64))}
     x = jnp.zeros((512, 64))
