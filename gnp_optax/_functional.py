@@ -47,8 +47,8 @@ def value_and_grad(
     functions, through `jax.checkpoint`, and between the layers of a `lax.scan` or `lax.fori_loop`
     over stacked parameters (see `gnp.masks.stacked`); any other loop, branch or function with a
     custom derivative is on one side as a whole. Effects such as `jax.debug.print` happen once
-    before the cut and in each pass after it. If a loss can't be cut at all, it is computed twice,
-    and the logger "gnp_optax" tells why at level DEBUG.
+    before the cut and in each pass after it. What can't be cut is computed twice;
+    `gnp.masks.explain` tells what and why, and so does the logger "gnp_optax" at level DEBUG.
 
     Args:
         fun: Loss `fun(params, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.

@@ -244,7 +244,7 @@ def _averaged(
         # `jax.grad` returns the conjugate of the direction of steepest ascent.
         g = jnp.conj(jnp.asarray(g, m.dtype))
         if isinstance(selected, np.ndarray):  # which of the layers that the leaf stacks
-            g = jnp.where(selected.reshape(-1, *[1] * (g.ndim - 1)), g, 0)
+            g = jnp.where(np.expand_dims(selected, tuple(range(selected.ndim, g.ndim))), g, 0)
         kept = jnp.asarray(decay, numerics.real(m.dtype))
         return jnp.where(is_finite, kept * m + (1 - kept) * g, m)
 

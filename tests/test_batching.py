@@ -11,7 +11,7 @@ from models.problems import mlp
 
 import gnp_optax as gnp
 from gnp_optax import batching
-from gnp_optax.masks import _cost
+from gnp_optax.masks import _flops
 
 R, ALPHA = 0.1, 0.8
 FORMS = {
@@ -89,7 +89,7 @@ def test_k_micro_batches_take_2_k_passes_and_no_operation_more():
         return jnp.mean((jnp.tanh(x @ params["body"]) @ params["head"]) ** 2)
 
     whole, parts = (
-        _cost.flops(regularized(loss), params, x) for loss in (wide, batching.accumulate(wide, 4))
+        _flops.flops(regularized(loss), params, x) for loss in (wide, batching.accumulate(wide, 4))
     )
     assert parts < 1.02 * whole
 
@@ -110,7 +110,7 @@ def test_a_loss_in_micro_batches_is_evaluated_without_a_gradient():
     params, loss, x, y = mlp()
     value = jax.jit(batching.accumulate(loss, 4))
     np.testing.assert_allclose(value(params, x, y), loss(params, x, y), rtol=1e-6)
-    assert _cost.flops(value, params, x, y) < 0.7 * _cost.flops(jax.grad(loss), params, x, y)
+    assert _flops.flops(value, params, x, y) < 0.7 * _flops.flops(jax.grad(loss), params, x, y)
 
 
 def test_parameters_that_need_no_gradient_and_arguments_that_are_not_split(x64):

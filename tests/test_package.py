@@ -175,9 +175,13 @@ PUBLIC = {
     "masks.by_path": "(regex)",
     "masks.layers": "(*paths)",
     "masks.matrices": "()",
-    "masks.stacked": "(regex, *, last)",
+    "masks.stacked": "(regex, *, last, axis=0)",
     "masks.top_k_layers": "(grads, k, *, budget=None, cost=None)",
     "masks.cost": (
+        "(fun, params, mask, *args, scope='all', curvature='finite_difference', "
+        "surrogate_gap=None, has_aux=False, **kwargs)"
+    ),
+    "masks.explain": (
         "(fun, params, mask, *args, scope='all', curvature='finite_difference', "
         "surrogate_gap=None, has_aux=False, **kwargs)"
     ),

@@ -53,7 +53,7 @@ def selected_leaves(mask: Mask, params: PyTree) -> list[bool | np.ndarray]:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"The mask is no prefix of the parameters. Mask: {jax.tree.structure(prefix)}. "
-                f"Parameters: {treedef}. A callable mask such as gnp.masks.by_path('...') works "
+                f"Parameters: {treedef}. A callable mask such as gnp.masks.by_path('^head') works "
                 f"for every structure."
             ) from error
         flags = [_of_leaf(m, w) for m, w in zip(jax.tree.leaves(full), leaves, strict=True)]
@@ -87,26 +87,44 @@ def _is_callable(mask: Mask) -> bool:
     return len(leaves) > 0 and all(callable(leaf) for leaf in leaves)
 
 
+def along(axis: int, flags: np.ndarray) -> np.ndarray:
+    """Return the selection of some of the layers that a leaf stacks along an axis.
+
+    The shape says the axis: `(layers,)` for the first, `(1, layers)` for the second.
+    """
+    return flags.reshape((1,) * axis + (-1,))
+
+
+def axis_of(flags: np.ndarray) -> int:
+    """Return the axis along which a selection selects layers."""
+    return flags.ndim - 1
+
+
 def _of_leaf(flag: Any, leaf: Any) -> bool | np.ndarray:
     """Return the selection of one leaf: a bool, or one for each of the layers that it stacks."""
-    if np.ndim(flag) == 1 and np.shape(leaf)[:1] != np.shape(flag):
-        raise ValueError(
-            f"The mask selects among {len(flag)} stacked layers, but a leaf under it has the shape "
-            f"{np.shape(leaf)}. The layers must be stacked along the first axis."
-        )
+    if np.ndim(flag):
+        axis, shape = axis_of(flag), np.shape(leaf)
+        if shape[axis : axis + 1] != (flag.size,):
+            raise ValueError(
+                f"The mask selects among {flag.size} stacked layers, but a leaf under it has the "
+                f"shape {shape}, not as many along axis {axis}. An array of shape (layers,) is for "
+                f"layers stacked along the first axis, one of shape (1, layers) for the second."
+            )
     return bool(np.all(flag)) if np.all(flag) or not np.any(flag) else np.asarray(flag)
 
 
 def _check_bools(prefix: PyTree) -> None:
     for leaf in jax.tree.leaves(prefix):
-        is_bools = isinstance(leaf, np.ndarray) and leaf.dtype == bool and leaf.ndim <= 1
+        is_bools = isinstance(leaf, np.ndarray) and leaf.dtype == bool
+        is_bools = is_bools and all(length == 1 for length in leaf.shape[:-1])
         if not isinstance(leaf, (bool, np.bool_)) and not is_bools:
             kind = "is traced" if isinstance(leaf, jax.core.Tracer) else f"has the leaf {leaf!r}"
             raise TypeError(
                 f"A mask must be made of Python bools, but this one {kind}. Which leaves are "
                 f"perturbed has to be known when the step is compiled: pass the mask as a static "
                 f"argument (gnp.masks makes hashable ones) or close over it. Of a leaf that stacks "
-                f"layers along its first axis, a NumPy array of bools selects some."
+                f"layers along its first axis, a NumPy array of bools selects some; along its "
+                f"second, one of shape (1, layers)."
             )
 
 
@@ -125,8 +143,8 @@ def leaves_like(treedef: Any, gradient: PyTree) -> list[Any]:
 class Parts:
     """How a mask divides the leaves of the parameters.
 
-    A leaf that stacks layers along its first axis, some of them selected, is divided into runs of
-    layers. So every array of `divide` is perturbed as a whole or not at all.
+    A leaf that stacks layers along an axis, some of them selected, is divided into runs of layers.
+    So every array of `divide` is perturbed as a whole or not at all.
     """
 
     def __init__(self, mask: Mask, params: PyTree) -> None:
@@ -152,7 +170,9 @@ class Parts:
         leaves = []
         for runs in self._runs:
             pieces = [next(sources[selected]) for selected, _ in runs]
-            leaves.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces))
+            (_, layers), *_ = runs
+            axis = 0 if layers is None else len(layers) - 1
+            leaves.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis))
         return jax.tree.unflatten(self._treedef, leaves)
 
     def each_selected(self, of_leaves: Arrays) -> Arrays:
@@ -161,10 +181,12 @@ class Parts:
         return [x for x, runs in pairs for selected, _ in runs if selected]
 
 
-def _runs(selected: bool | np.ndarray) -> list[tuple[bool, slice | None]]:
+def _runs(selected: bool | np.ndarray) -> list[tuple[bool, tuple[slice, ...] | None]]:
     """Return the runs of equal entries of a selection of layers, as (selected, which layers)."""
     if isinstance(selected, bool):
         return [(selected, None)]
-    changes = np.flatnonzero(np.diff(selected)) + 1
-    bounds = [0, *changes.tolist(), len(selected)]
-    return [(bool(selected[a]), slice(a, b)) for a, b in itertools.pairwise(bounds)]
+    flags = selected.ravel()
+    changes = np.flatnonzero(np.diff(flags)) + 1
+    bounds = [0, *changes.tolist(), len(flags)]
+    before = (slice(None),) * axis_of(selected)
+    return [(bool(flags[a]), (*before, slice(a, b))) for a, b in itertools.pairwise(bounds)]

@@ -40,7 +40,7 @@ def in_two(eqn: core.JaxprEqn, given: list[Value], run: Run) -> list[Value]:
         ]
         pieces.append([Value(x, False) for x in rows])
     elif not is_divided:
-        raise jaxprs.Uncut("the first iteration depends on a perturbed leaf")
+        raise jaxprs.Uncut("its first iteration uses a perturbed leaf")
     if is_divided:
         row = [
             values.squeezed(_rows(loop, x, start, start + 1), 0)._replace(constant=_known(constant))

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.extend import core
+from jax.extend import core, source_info_util
 
-from gnp_optax._prefix import indices, jaxprs, layerwise, loops, values
+from gnp_optax._prefix import indices, jaxprs, layerwise, loops, refusals, values
 from gnp_optax._prefix.values import Value
 
 
@@ -38,8 +38,17 @@ def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
 
     for eqn in jaxpr.eqns:
         given = [value(v) for v in eqn.invars]
-        found = _rewritten(eqn, given) if any(x.depends for x in given) else None
+        found, why = None, None
+        depends = any(x.depends for x in given)
+        if depends:
+            with source_info_util.user_context(eqn.source_info.traceback):  # the user's line
+                try:
+                    found = _rewritten(eqn, given)
+                except jaxprs.Uncut as uncut:
+                    why = str(uncut)
         if found is None:
+            if depends:
+                refusals.add(eqn, why)
             found = layerwise.evaluated(jaxpr, eqn, given)
         env.update(zip(eqn.outvars, found, strict=True))
     return [value(v) for v in jaxpr.outvars]
@@ -48,15 +57,12 @@ def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
 def _rewritten(eqn: core.JaxprEqn, given: list[Value]) -> list[Value] | None:
     """Return the results of an equation that could be opened or cut."""
     name = eqn.primitive.name
-    try:
-        if name in jaxprs.JIT:
-            return _inlined(eqn, given)
-        if name in jaxprs.CHECKPOINT:
-            return _two_checkpoints(eqn, given)
-        if name == "scan":
-            return loops.in_two(eqn, given, _run)
-    except jaxprs.Uncut:
-        return None
+    if name in jaxprs.JIT:
+        return _inlined(eqn, given)
+    if name in jaxprs.CHECKPOINT:
+        return _two_checkpoints(eqn, given)
+    if name == "scan":
+        return loops.in_two(eqn, given, _run)
     return None
 
 

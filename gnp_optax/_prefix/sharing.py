@@ -16,7 +16,8 @@ from jax.extend import core
 
 from gnp_optax._core import losses, numerics
 from gnp_optax._core.perturbation import Loss
-from gnp_optax._prefix import jaxprs, opening
+from gnp_optax._prefix import jaxprs, opening, refusals
+from gnp_optax._prefix.refusals import NotCut
 
 Arrays = list[Any]
 _logger = logging.getLogger("gnp_optax")
@@ -28,11 +29,14 @@ class Cut(NamedTuple):
     `prefix(unperturbed)` returns the boundary, through which the loss depends on the unperturbed
     leaves, and a list of further values, which need no gradient: what comes from data or random
     keys alone, integers, what is only compared or only returned. `suffix(perturbed, boundary,
-    values)` returns the loss and aux.
+    values)` returns the loss and aux. `begins` is where its first matrix product stands that depends
+    on a perturbed leaf, and `not_cut` what was left whole.
     """
 
     prefix: Callable[[Arrays], tuple[Arrays, Arrays]]
     suffix: Callable[[Arrays, Arrays, Arrays], tuple[jax.Array, Any]]
+    begins: str = ""
+    not_cut: tuple[NotCut, ...] = ()
 
 
 def uncut(loss: Loss) -> Cut:
@@ -53,17 +57,23 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     # To differentiate integers is an error, which JAX explains.
     if not unperturbed or not all(map(numerics.is_inexact, unperturbed)):
         return whole
-    try:
-        traced = _trace(loss, perturbed, unperturbed)
-    except Exception as error:
-        # Outside `jit`, a loss may use the value of an array in Python, and everywhere, a custom
-        # derivative may hold an array of the loss. An error of the loss itself is raised again.
-        _logger.debug("The two passes share nothing, since the loss was not cut: %r", error)
-        return whole
-    return whole if traced is None else traced
+    with refusals.recorded() as not_cut:
+        try:
+            found = _trace(loss, perturbed, unperturbed)
+        except Exception as error:
+            # Outside `jit`, a loss may use the value of an array in Python, and everywhere, a
+            # custom derivative may hold an array of the loss. An error of the loss itself is raised
+            # again.
+            found = whole
+            message, *_ = str(error).splitlines() or [""]
+            why = f"it can't be traced beforehand, {type(error).__name__}: {message}"
+            not_cut.append(NotCut("the loss", "", why))
+    for refusal in not_cut:
+        _logger.debug("Not cut, so that both passes compute it whole: %s", refusal)
+    return found._replace(not_cut=tuple(not_cut))
 
 
-def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
+def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     aux: Callable[[Iterable[Any]], Any]
 
     def flat(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Arrays]:
@@ -76,8 +86,10 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
     depends = [True] * len(perturbed) + [False] * len(unperturbed)
     program = opening.opened(closed, [*perturbed, *unperturbed], depends)
     jaxpr = program.jaxpr
-    if jaxprs.has_state(jaxpr) or isinstance(jaxpr.outvars[0], core.Literal):
-        return None
+    if jaxprs.has_state(jaxpr):
+        raise ValueError("It reads or writes mutable arrays, which has to happen in each pass.")
+    if isinstance(jaxpr.outvars[0], core.Literal):
+        raise ValueError("It is a constant.")
 
     perturbed_vars = jaxpr.invars[: len(perturbed)]
     unperturbed_vars = jaxpr.invars[len(perturbed) :]
@@ -115,7 +127,9 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut | None:
     # What a custom derivative holds may be of a trace around the loss, and so still be there.
     if held and not held <= _held(_gradient_of(lambda p, u: loss(p, u)[0], perturbed, unperturbed)):
         raise ValueError("A custom derivative holds a value of the loss as it was traced.")
-    return handing_over([v for i, v in enumerate(boundary) if i in reached])
+    products = (e for e in after if jaxprs.has_product(e) and not own.isdisjoint(jaxprs.read(e)))
+    begins = next(map(refusals.where, products), "")
+    return handing_over([v for i, v in enumerate(boundary) if i in reached])._replace(begins=begins)
 
 
 def _held(closed: core.ClosedJaxpr) -> set[int]:

@@ -14,13 +14,20 @@ PyTree = Any
 Arrays = list[Any]
 
 
+class Layers(NamedTuple):
+    """Which of the layers that a leaf stacks along an axis are selected; hashable."""
+
+    axis: int
+    flags: tuple[bool, ...]
+
+
 class Layout(NamedTuple):
     """For every leaf, whether it is selected, or which of its layers; and its sharding.
 
     Hashable. Without a mesh, the shardings are not known, or there is one device.
     """
 
-    selected: tuple[bool | tuple[bool, ...], ...]
+    selected: tuple[bool | Layers, ...]
     mesh: Mesh | None
     specs: tuple[PartitionSpec, ...]
 
@@ -29,7 +36,7 @@ def layout_of(mask: selection.Mask, params: PyTree) -> Layout:
     """Return the layout of parameters, read from the arrays before they are traced."""
     selection.check_mask(mask)
     flags = selection.selected_leaves(mask, params)
-    selected = tuple(s if isinstance(s, bool) else tuple(s.tolist()) for s in flags)
+    selected = tuple(s if isinstance(s, bool) else _layers(s) for s in flags)
     shardings = [_sharding(leaf) for leaf in jax.tree.leaves(params)]
     meshes = {s.mesh for s in shardings if s is not None}
     mesh = meshes.pop() if len(meshes) == 1 else None
@@ -38,9 +45,16 @@ def layout_of(mask: selection.Mask, params: PyTree) -> Layout:
     return Layout(selected, mesh, tuple(s.spec if s else PartitionSpec() for s in shardings))
 
 
+def _layers(flags: np.ndarray) -> Layers:
+    return Layers(selection.axis_of(flags), tuple(flags.ravel().tolist()))
+
+
 def divided(layout: Layout, params: PyTree) -> selection.Parts:
     """Return how the layout's selection divides the parameters."""
-    flags = [s if isinstance(s, bool) else np.asarray(s) for s in layout.selected]
+    flags = [
+        s if isinstance(s, bool) else selection.along(s.axis, np.asarray(s.flags))
+        for s in layout.selected
+    ]
     return selection.Parts(jax.tree.unflatten(jax.tree.structure(params), flags), params)
 
 
@@ -49,11 +63,15 @@ def shardings_of(layout: Layout, parts: selection.Parts) -> list[NamedSharding |
     if layout.mesh is None:
         return parts.each_selected([None] * len(layout.selected))
     specs = (
-        # Some of the layers that are stacked along an axis cannot be sharded as all of them are.
-        spec if isinstance(selected, bool) else PartitionSpec(None, *spec[1:])
+        spec if isinstance(selected, bool) else _without(selected.axis, spec)
         for selected, spec in zip(layout.selected, layout.specs, strict=True)
     )
     return parts.each_selected([NamedSharding(layout.mesh, spec) for spec in specs])
+
+
+def _without(axis: int, spec: PartitionSpec) -> PartitionSpec:
+    # Some of the layers that are stacked along an axis cannot be sharded as all of them are.
+    return PartitionSpec(*(None if i == axis else name for i, name in enumerate(spec)))
 
 
 def place(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:

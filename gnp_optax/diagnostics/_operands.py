@@ -35,7 +35,7 @@ def dimension(mask: selection.Mask, params: PyTree) -> int:
         if isinstance(selected, bool):
             total += elements * selected
         else:
-            total += elements // len(selected) * int(np.sum(selected))
+            total += elements // selected.size * int(np.sum(selected))
     return total
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -34,7 +34,7 @@ def by_path(regex: str) -> Callable[[PyTree], PyTree]:
 
     Example:
         >>> params = {"body": [{"w": 1.0}, {"w": 2.0}], "head": {"w": 3.0, "b": 4.0}}
-        >>> by_path(r"^head/|_1/")(params)
+        >>> by_path(r"^(head|body_1)/")(params)
         {'body': [{'w': False}, {'w': True}], 'head': {'b': True, 'w': True}}
     """
     return ByPath(regex)
@@ -76,33 +76,37 @@ def matrices() -> Callable[[PyTree], PyTree]:
     return Matrices()
 
 
-def stacked(regex: str, *, last: int) -> Callable[[PyTree], PyTree]:
-    """Select the last layers of leaves that stack layers along their first axis, for `lax.scan`.
+def stacked(regex: str, *, last: int, axis: int = 0) -> Callable[[PyTree], PyTree]:
+    """Select the last layers of leaves that stack layers along an axis, for `lax.scan`.
 
     With prefix sharing the loop is cut: the first layers are computed once. That goes for a
     `lax.scan` over the stacks and for a `lax.fori_loop` that picks layers by index; before, the
     stacks may be joined, divided into groups, or changed layer by layer.
 
     Args:
-        regex: The leaves whose path matches, as in `by_path`.
+        regex: The leaves whose path matches, as in `by_path`: all of one stack.
         last: How many of the layers.
+        axis: Along which axis the layers are stacked: 1 for `nn.scan(variable_axes={"params": 1})`
+            in Flax, and for `param_scan_axis=1` in MaxText.
 
     Returns:
         A mask: hashable, equal to every other `stacked` of the same arguments.
 
     Raises:
-        ValueError: If `regex` is no regular expression or `last` less than 1; where the mask is
-            used, if a matching leaf does not have as many layers.
+        ValueError: If `regex` is no regular expression, `last` less than 1 or `axis` less than 0;
+            where the mask is used, if the matching leaves do not have one number of layers along
+            the axis, and at least `last`.
 
     Example:
         >>> import jax.numpy as jnp
         >>> params = {"blocks": jnp.zeros((3, 4, 4)), "head": jnp.zeros((4, 2))}
-        >>> mask = stacked("blocks", last=2) | by_path("head")
+        >>> mask = stacked("^blocks", last=2) | by_path("^head")
         >>> mask(params)
         {'blocks': array([False,  True,  True]), 'head': True}
     """
     checks.check_integer("last", last, at_least=1)
-    return Stacked(regex, int(last))
+    checks.check_integer("axis", axis, at_least=0)
+    return Stacked(regex, int(last), int(axis))
 
 
 class Mask:
@@ -182,6 +186,13 @@ def _leaf_by_leaf(combine: Callable[..., Any], *selections: PyTree) -> PyTree:
     """Combine selections: of each leaf a bool, or one for each of the layers that it stacks."""
 
     def of_leaf(*flags: Any) -> Any:
+        axes = sorted({np.ndim(flag) - 1 for flag in flags if np.ndim(flag)})
+        if len(axes) > 1:
+            raise ValueError(
+                f"The joined masks select layers of the same leaf along different axes, "
+                f"{axes[0]} and {axes[1]}. Write the axis that its layers are stacked along in "
+                f"each: gnp.masks.stacked('...', last=1, axis={axes[1]})."
+            )
         found = combine(np.broadcast_arrays(*flags))
         return found if np.ndim(found) else bool(found)
 
@@ -212,6 +223,7 @@ class Stacked(Mask):
 
     regex: str
     last: int
+    axis: int = 0
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -219,26 +231,52 @@ class Stacked(Mask):
 
     def __call__(self, params: PyTree) -> PyTree:
         """Return whether each leaf is selected."""
-        leaves = zip(_paths_of(params), jax.tree.leaves(params), strict=True)
-        return _tree_of(
-            params,
-            [
-                self._of(path, leaf) if re.search(self.regex, path) else False
-                for path, leaf in leaves
-            ],
+        leaves = list(zip(_paths_of(params), jax.tree.leaves(params), strict=True))
+        shapes = {
+            path: jnp.shape(leaf)
+            for path, leaf in leaves
+            # Others are never perturbed, such as a stack of random keys.
+            if re.search(self.regex, path) and numerics.is_inexact(leaf)
+        }
+        if not shapes:
+            return _tree_of(params, [False] * len(leaves))
+        layers = self._layers(shapes)
+        flags = selection.along(self.axis, np.arange(layers) >= layers - self.last)
+        return _tree_of(params, [flags if path in shapes else False for path, _ in leaves])
+
+    def _layers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Return how many layers the leaves stack."""
+        by_layers: dict[int, str] = {}
+        for path, shape in shapes.items():
+            by_layers.setdefault(_length(shape, self.axis), path)
+        if len(by_layers) == 1 and self.last <= min(by_layers):
+            return min(by_layers)
+        examples = (f"{path!r} has the shape {shapes[path]}" for path in by_layers.values())
+        raise ValueError(
+            f"{self!r} selects {self.last} stacked layers, but {', '.join(examples)}. All leaves "
+            f"that match must have the same number of layers along axis {self.axis}, and as many "
+            f"as are selected. {self._advice(list(shapes.values()))}"
         )
 
-    def _of(self, path: str, leaf: Any) -> np.ndarray:
-        layers = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
-        if self.last > layers:
-            raise ValueError(
-                f"{self!r} selects {self.last} stacked layers, but {path!r} has the shape "
-                f"{jnp.shape(leaf)}. The layers must be stacked along the first axis."
-            )
-        return np.arange(layers) >= layers - self.last
+    def _advice(self, shapes: Sequence[tuple[int, ...]]) -> str:
+        advice = (
+            f"Of several stacks match each alone, with ^ and $, and join them: "
+            f"stacked('^encoder/', last={self.last}) | stacked('^decoder/', last={self.last})."
+        )
+        for axis in range(min(map(len, shapes))):
+            lengths = {_length(shape, axis) for shape in shapes}
+            if len(lengths) == 1 and self.last <= lengths.pop():
+                another = dataclasses.replace(self, axis=axis)
+                return f"If the layers are stacked along axis {axis}: {another!r}. {advice}"
+        return advice
 
     def __repr__(self) -> str:
-        return f"stacked({self.regex!r}, last={self.last})"
+        axis = f", axis={self.axis}" if self.axis else ""
+        return f"stacked({self.regex!r}, last={self.last}{axis})"
+
+
+def _length(shape: tuple[int, ...], axis: int) -> int:
+    return shape[axis] if axis < len(shape) else 0
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

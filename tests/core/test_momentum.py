@@ -144,6 +144,13 @@ def test_layers_of_a_stack():
     np.testing.assert_allclose(moved["blocks"], [[1.5, 1.5], [1.5, 1.5], [1, 1]])
     assert moved["head"] is params["head"]
 
+    params = {"blocks": jnp.ones((2, 3)), "head": jnp.ones(2)}
+    mask = gnp.masks.stacked("^blocks", last=1, axis=1) | gnp.masks.by_path("^head")
+    tx = gnp.momentum_sam(1.0, decay=0.0, mask=~mask)
+    _, state = tx.update(params, tx.init(params), params)
+    moved = gnp.perturbed(params, state)
+    np.testing.assert_allclose(moved["blocks"], [[1.5, 1.5, 1], [1.5, 1.5, 1]])
+
 
 def test_what_bfloat16_loses_is_told_and_can_be_had():
     params = jnp.full(1000, 1.0, jnp.bfloat16)

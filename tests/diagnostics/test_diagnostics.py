@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from models import linen as models_linen
 from models.eight_devices import run_on_eight_devices
 from models.problems import Quadratic, two_layers
 
 import gnp_optax as gnp
 from gnp_optax import diagnostics
+from gnp_optax.diagnostics import _layout
 
 KEY = jax.random.key(0)
 PARAMS, LOSS, X, Y = two_layers()  # 30 parameters, 8 examples
@@ -90,6 +93,28 @@ def test_some_of_the_stacked_layers():
     )
     close(found.eigenvalues, [4.0, 3.0])
     assert not np.any(found.eigenvectors["stack"][:, 2])
+    along_the_second = diagnostics.hessian_eigenvalues(
+        lambda params: loss({"stack": params["stack"].T}),
+        {"stack": jnp.ones((2, 3))},
+        k=2,
+        mask={"stack": np.array([[True, True, False]])},
+    )
+    close(along_the_second.eigenvalues, [4.0, 3.0])
+    assert not np.any(along_the_second.eigenvectors["stack"][:, :, 2])
+
+
+def test_some_layers_are_not_sharded_along_the_axis_that_stacks_them():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
+    layers = _layout.Layers(axis=1, flags=(False, True))
+    specs = (P("model", "model", None), P("model"))
+    layout = _layout.Layout((layers, True), mesh, specs)
+    parts = _layout.divided(layout, [jnp.ones((3, 2, 4)), jnp.ones(2)])
+    found = [sharding.spec for sharding in _layout.shardings_of(layout, parts)]
+    assert found == [P("model", None, None), P("model")]
+    assert [x.shape for x in parts.divide([jnp.ones((3, 2, 4)), jnp.ones(2)])[0]] == [
+        (3, 1, 4),
+        (2,),
+    ]
 
 
 def test_complex_parameters_are_two_real_ones():
