@@ -202,13 +202,13 @@ def _shared(loss: Loss, params: Point, options: Options, is_plain: bool) -> _Sha
     perturbed, unperturbed = params
     # Traced once, the suffix could not compute in two types.
     if is_plain or perturbation.is_retyped(perturbed, options.perturb_dtype):
-        prefix, suffix = _prefix.uncut(loss)
+        cut = _prefix.uncut(loss)
     else:
-        prefix, suffix = _prefix.cut(loss, perturbed, unperturbed)
-    boundary, pull, values = jax.vjp(prefix, unperturbed, has_aux=True)
+        cut = _prefix.cut(loss, perturbed, unperturbed)
+    boundary, pull, values = jax.vjp(cut.prefix, unperturbed, has_aux=True)
 
     def rest(perturbed: Arrays, boundary: Arrays) -> tuple[jax.Array, Any]:
-        return suffix(perturbed, boundary, values)
+        return cut.suffix(perturbed, boundary, values)
 
     def pullback(gradient: Gradient) -> Gradient:
         (at_unperturbed,) = pull(gradient[1])

@@ -29,8 +29,8 @@ class Cut(NamedTuple):
     `prefix(unperturbed)` returns the boundary, through which the loss depends on the unperturbed
     leaves, and a list of further values, which need no gradient: what comes from data or random
     keys alone, integers, what is only compared or only returned. `suffix(perturbed, boundary,
-    values)` returns the loss and aux. `begins` is where its first matrix product stands that depends
-    on a perturbed leaf, and `not_cut` what was left whole.
+    values)` returns the loss and aux. `begins` is where its first matrix product stands that
+    depends on a perturbed leaf, and `not_cut` what was left whole.
     """
 
     prefix: Callable[[Arrays], tuple[Arrays, Arrays]]
