@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import gnp_optax as gnp
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
 from gnp_optax.experiments.training.evaluation import Lift, early_statistics
@@ -114,9 +115,10 @@ class Epochs:
                 return next_state, measured
 
             def epoch(state: State, *inputs: Any) -> tuple[State, Any]:
-                return jax.lax.scan(
-                    lambda state, _: step(state, *inputs), state, length=self._steps_per_epoch
-                )
+                def next_step(state: State, _: None) -> tuple[State, Any]:
+                    return gnp.canonical_convolutions(step)(state, *inputs)
+
+                return jax.lax.scan(next_step, state, length=self._steps_per_epoch)
 
             program = jax.jit(epoch if self.is_scanned else step, out_shardings=self._replicated)
             if self.is_scanned:
