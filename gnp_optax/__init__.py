@@ -2,7 +2,8 @@
 
 `gradient_regularization`, `sam`, `asam` and `layerwise_gradient_regularization` come first in an
 Optax chain; `value_and_grad` takes the place of `jax.value_and_grad` instead. `momentum_sam` needs
-one gradient a step, taken at `perturbed(params, opt_state)`. Beside them:
+one gradient a step, taken at `perturbed(params, opt_state)`. `canonical_convolutions` is for loops
+on a CPU. Beside them:
 
     schedules      the warmups of radius and weight, and every k-th step
     directions     from the gradient to the direction of ascent
@@ -20,6 +21,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from gnp_optax import batching, directions, masks, schedules
+from gnp_optax._core.convolutions import canonical_convolutions
 from gnp_optax._functional import value_and_grad
 from gnp_optax._momentum import MomentumSAMState, momentum_sam, perturbed
 from gnp_optax._presets import asam, gsam, layerwise_gradient_regularization, sam
@@ -35,6 +37,7 @@ __all__ = [
     "MomentumSAMState",
     "asam",
     "batching",
+    "canonical_convolutions",
     "directions",
     "gradient_regularization",
     "gsam",

@@ -146,6 +146,7 @@ PUBLIC = {
         "(r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
         "perturb_dtype=None, surrogate_gap=None, has_aux=False)"
     ),
+    "canonical_convolutions": "(fun)",
     "gsam": (
         "(rho, surrogate_gap, *, direction=None, mask=None, scope='all', perturb_dtype=None, "
         "has_aux=False)"

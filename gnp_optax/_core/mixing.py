@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnp_optax._core import numerics, perturbation
+from gnp_optax._core.convolutions import canonical_convolutions
 from gnp_optax._core.perturbation import Gradient, SecondGradient
 
 Found = TypeVar("Found")
@@ -21,7 +22,7 @@ def unless_zero(
     Decided in Python for a number, by `lax.cond` for a traced alpha.
     """
     if isinstance(alpha, jax.core.Tracer):
-        found: Found = jax.lax.cond(_is_zero(alpha) == 1, skip, run)
+        found: Found = jax.lax.cond(_is_zero(alpha) == 1, skip, canonical_convolutions(run))
         return found
     return skip() if is_known_to_be(0, alpha) else run()
 

@@ -392,18 +392,6 @@ def test_every_group_drops_its_own_units(digits):
 # Epochs.
 
 
-@pytest.mark.exhaustive
-def test_an_epoch_in_one_program_is_one_call_a_step(trainer, digits):
-    scanned = Trainer(TINY, digits)
-    scanned.epochs.is_scanned = True
-    runs = [t.run("gr-lambda-warmup", [0]) for t in (trainer, scanned)]
-    for (a,), (b,) in [tuple(map(next, runs)) for _ in range(2)]:
-        for name in ("train_loss", "test_loss", "gradient_norm", "sharpness", "test_error"):
-            np.testing.assert_allclose(a[name], b[name], rtol=2e-3)
-        for name, values in a["early"].items():
-            np.testing.assert_allclose(values, b["early"][name], rtol=1e-2)
-
-
 def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(trainer, monkeypatch):
     compile = lambda inputs, kind: kinds.append(kind) or (lambda *args: stop())  # noqa: E731
     monkeypatch.setattr(trainer.epochs, "_compile", compile)

@@ -42,14 +42,17 @@ def methods(workload: Workload) -> list[Method]:
     part: Any = {"mask": workload.mask(last)}
     here = "last block + head"
     gr = functools.partial(_regularized, workload)
-    traced = _traced(workload)
+    traced = _traced(workload, _regularized)
     return [
         Method(PLAIN, one(plain)),
         Method("GR, all layers", one(gr())),
         Method("GR, all layers, traced alpha", _with(traced, ALPHA)),
         Method("SAM, all layers", one(gr(alpha=1.0))),
         Method(f"layer-wise GR, {here}", layerwise(workload, last, "all")),
-        Method(f"layer-wise GR, {here}, traced alpha", _with(_traced(workload, **part), ALPHA)),
+        Method(
+            f"layer-wise GR, {here}, traced alpha",
+            _with(_traced(workload, _regularized, **part), ALPHA),
+        ),
         Method(f"layer-wise GR, {here}, scope masked", layerwise(workload, last, "masked")),
         Method("layer-wise GR, head only", layerwise(workload, head, "all")),
         Method("layer-wise GR, head only, scope masked", layerwise(workload, head, "masked")),
@@ -58,6 +61,10 @@ def methods(workload: Workload) -> list[Method]:
         Method("one gradient (momentum SAM), all layers", one(_remembered(workload, plain))),
         Method(f"early layers stale, {here} fresh", one(_hybrid(workload, part["mask"]))),
         Method("transformation, all layers", one(_transformed(workload))),
+        Method(
+            "transformation, all layers, traced alpha",
+            _with(_traced(workload, _transformed), ALPHA),
+        ),
         Method(f"transformation, {here}", one(_transformed(workload, **part))),
         Method(
             "zero-warmup, during warmup (traced alpha, now 0)",
@@ -90,9 +97,11 @@ def _regularized(workload: Workload, *, alpha: Any = ALPHA, **options: Any) -> G
     return gradient
 
 
-def _traced(workload: Workload, **options: Any) -> Callable[..., Any]:
+def _traced(
+    workload: Workload, form: Callable[..., Gradient], **options: Any
+) -> Callable[..., Any]:
     def gradient(params: Params, batch: Batch, alpha: jax.Array) -> tuple[Any, Params]:
-        return _regularized(workload, alpha=alpha, **options)(params, batch)
+        return form(workload, alpha=alpha, **options)(params, batch)
 
     return gradient
 
@@ -131,8 +140,8 @@ def _remembered(workload: Workload, gradient: Gradient, mask: Any = None) -> Gra
     return perturbed_gradient
 
 
-def _transformed(workload: Workload, **options: Any) -> Gradient:
-    tx = gnp.gradient_regularization(R, ALPHA, has_aux=True, **options)
+def _transformed(workload: Workload, *, alpha: Any = ALPHA, **options: Any) -> Gradient:
+    tx = gnp.gradient_regularization(R, alpha, has_aux=True, **options)
 
     def gradient(params: Params, batch: Batch) -> tuple[Any, Params]:
         value, grads = jax.value_and_grad(workload.loss, has_aux=True)(params, batch)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import gnp_optax as gnp
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
 from gnp_optax.experiments.training.evaluation import Lift, early_statistics
@@ -22,10 +23,8 @@ TOGETHER = State._make([0, 0, None, 0, 0])
 class Epochs:
     """The compiled steps of one configuration.
 
-    The training set, of shape (device, example, ...), stays on the devices. On an accelerator an
-    epoch is one program, as it is of a perceptron. Else, on a CPU, it is one call a step: inside a
-    loop or a branch, XLA compiles convolutions and some products of matrices so that they run 3 to
-    15 times slower. For the same reason a weight that stays the same is a constant of the program.
+    The training set, of shape (device, example, ...), stays on the devices, and an epoch is one
+    program. A weight that stays the same is a constant of it.
     """
 
     def __init__(
@@ -37,7 +36,6 @@ class Epochs:
         lift: Lift,
         replicated: Any,
     ) -> None:
-        self.is_scanned = jax.default_backend() != "cpu" or config.model == "mlp"
         self.compiled: dict[Any, Callable[..., Any]] = {}
         self._steps, self._config, self._shape = steps, config, shape
         self._steps_per_epoch = steps_per_epoch
@@ -61,16 +59,8 @@ class Epochs:
         run = self._compile(inputs, kind)
         jax.block_until_ready(inputs)
         start = time.perf_counter()
-        if self.is_scanned:
-            state, measured = run(*inputs)
-            losses, early = jax.block_until_ready(measured)
-        else:
-            state, found = inputs[0], []
-            for _ in range(self._steps_per_epoch):
-                state, measured = run(state, *inputs[1:])
-                found.append(measured)
-            jax.block_until_ready((state, found))
-            losses, early = jax.tree.map(lambda *x: np.stack(x), *jax.device_get(found))
+        state, measured = run(*inputs)
+        losses, early = jax.block_until_ready(measured)
         seconds = time.perf_counter() - start
         sampled = {name: np.asarray(x)[:: self.stride] for name, x in early.items()}
         return state, np.mean(np.asarray(losses), axis=0), sampled, seconds
@@ -113,18 +103,16 @@ class Epochs:
                 next_state, measured = lifted(state, train, batches)
                 return next_state, measured
 
+            # A CPU computes others slowly inside a loop.
+            canonical = gnp.canonical_convolutions(step)
+
             def epoch(state: State, *inputs: Any) -> tuple[State, Any]:
                 return jax.lax.scan(
-                    lambda state, _: step(state, *inputs), state, length=self._steps_per_epoch
+                    lambda state, _: canonical(state, *inputs), state, length=self._steps_per_epoch
                 )
 
-            program = jax.jit(epoch if self.is_scanned else step, out_shardings=self._replicated)
-            if self.is_scanned:
-                self.compiled[kind] = program.lower(*inputs).compile()
-            else:
-                # A call of the jitted function takes less time than one of what is compiled ahead.
-                jax.block_until_ready(program(*inputs))
-                self.compiled[kind] = program
+            program = jax.jit(epoch, out_shardings=self._replicated)
+            self.compiled[kind] = program.lower(*inputs).compile()
         return self.compiled[kind]
 
 
