@@ -197,6 +197,7 @@ def _found(opt_state: PyTree) -> MomentumSAMState:
 
 def _checked(state: Any, params: Any) -> MomentumSAMState:
     """Return the state, or raise for what can't be updated."""
+    checks.check_parameters(params)
     if params is None:
         raise ValueError(
             "momentum_sam perturbs the parameters and needs them, those that are not perturbed: "
