@@ -130,8 +130,8 @@ def perturbed(
     """Return the parameters at which a step of `momentum_sam` takes its gradient.
 
     `theta + rho m / ||m||`, computed in float32 or wider; leaves that are not perturbed are the
-    same arrays. For `gnp_optax.linen` and `gnp_optax.nnx` there are `TrainState.perturbed_params`
-    and `nnx.perturbed(model, optimizer)`.
+    same arrays. For models there are `linen.TrainState.perturbed_params`,
+    `nnx.perturbed(model, optimizer)` and `equinox.perturbed(model, opt_state)`.
 
     Args:
         params: The parameters.

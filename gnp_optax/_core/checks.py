@@ -123,8 +123,7 @@ def check_parameters(params: Any, *, but: str = "") -> None:
     The arrays of an Equinox module alone, as `eqx.filter` leaves them, are parameters.
     """
     for library, (home, advice) in _MODULES.items():
-        # Only a program that has imported the library can hold its modules: never import it here.
-        kind = vars(sys.modules[home]).get("Module") if home in sys.modules else None
+        kind = _named(home, "Module")
         if kind is not None and library != but:
             for module in nodes.inside(params, kind):
                 if library != "Equinox" or not _has_only_arrays(module):
@@ -132,6 +131,20 @@ def check_parameters(params: Any, *, but: str = "") -> None:
                         f"Parameters belong here, but {type(module).__name__} is a module of "
                         f"{library}. {advice}"
                     )
+
+
+def adapter_of(params: Any) -> str | None:
+    """Return the module of this package whose `value_fn` makes a loss of such parameters."""
+    for adapter, home, name in (("nnx", "flax.nnx", "State"), ("equinox", "equinox", "Module")):
+        kind = _named(home, name)
+        if kind is not None and isinstance(params, kind):
+            return adapter
+    return None
+
+
+def _named(home: str, name: str) -> Any:
+    # Only a program that has imported a library can hold its objects: never import it here.
+    return vars(sys.modules[home]).get(name) if home in sys.modules else None
 
 
 def _has_only_arrays(tree: Any) -> bool:

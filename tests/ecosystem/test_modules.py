@@ -110,3 +110,18 @@ def test_arrays_of_an_equinox_model_are_parameters():
     _, grads = jax.jit(gnp.value_and_grad(loss, 0.1, 1.0))(params, X)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
     assert jax.tree.leaves(gnp.masks.by_path("layers_0/weight")(params)) == [True, *3 * [False]]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "params"),
+    [
+        ("nnx", nnx.state(MODULES["NNX"], nnx.Param)),
+        ("equinox", eqx.filter(MODULES["Equinox"], eqx.is_inexact_array)),
+    ],
+)
+def test_loss_of_the_model_where_one_of_its_parameters_belongs(adapter, params):
+    with pytest.raises(TypeError, match="not callable") as raised:
+        SAM.update(
+            params, SAM.init(params), params, value_fn=lambda model: jax.vmap(model)(X).sum()
+        )
+    assert f"value_fn=gnp_optax.{adapter}.value_fn(loss, model, x, y)" in raised.value.__notes__[0]
