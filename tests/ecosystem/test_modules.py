@@ -120,8 +120,7 @@ def test_arrays_of_an_equinox_model_are_parameters():
     ],
 )
 def test_loss_of_the_model_where_one_of_its_parameters_belongs(adapter, params):
-    with pytest.raises(TypeError, match="not callable") as raised:
-        SAM.update(
-            params, SAM.init(params), params, value_fn=lambda model: jax.vmap(model)(X).sum()
-        )
-    assert f"value_fn=gnp_optax.{adapter}.value_fn(loss, model, x, y)" in raised.value.__notes__[0]
+    with pytest.raises(TypeError, match="callable") as raised:
+        SAM.update(params, SAM.init(params), params, value_fn=lambda m: jax.vmap(m)(X).sum())
+    notes = "".join(raised.value.__notes__)
+    assert f"value_fn=gnp_optax.{adapter}.value_fn(loss, model, x, y)" in notes
