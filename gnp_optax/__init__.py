@@ -2,19 +2,20 @@
 
 `gradient_regularization`, `sam`, `asam` and `layerwise_gradient_regularization` come first in an
 Optax chain; `value_and_grad` takes the place of `jax.value_and_grad` instead. `momentum_sam` needs
-one gradient a step, taken at `perturbed(params, opt_state)`. `canonical_convolutions` is for loops
-on a CPU. Beside them:
+one gradient a step, taken at `perturbed(params, opt_state)`. `report_as_dict` tells a logger what a
+step did. `canonical_convolutions` is for loops on a CPU. Beside them:
 
     schedules      the warmups of radius and weight, and every k-th step
     directions     from the gradient to the direction of ascent
     masks          which layers are perturbed, and what that costs
     batching       gradient accumulation, and a perturbation for each group of m examples
     linen, nnx     Flax: a TrainState that hands on the loss; a drop-in for nnx.value_and_grad
+    equinox        a drop-in for equinox.filter_value_and_grad
     diagnostics    how flat a minimum is: sharpness, Hessian, landscapes
     plots          pictures of what diagnostics measures
 
-The last four need Flax, matfree or matplotlib, and are imported when they are asked for. The
-comparison of all methods is a command: `python -m gnp_optax.experiments`.
+The last five need Flax, Equinox, matfree or matplotlib, and are imported when they are asked for.
+The comparison of all methods is a command: `python -m gnp_optax.experiments`.
 """
 
 import importlib.util
@@ -22,19 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 from gnp_optax import batching, directions, masks, schedules
 from gnp_optax._core.convolutions import canonical_convolutions
+from gnp_optax._core.report import Report
 from gnp_optax._functional import value_and_grad
+from gnp_optax._logs import report_as_dict
 from gnp_optax._momentum import MomentumSAMState, momentum_sam, perturbed
 from gnp_optax._presets import asam, gsam, layerwise_gradient_regularization, sam
 from gnp_optax._transformation import GradientRegularizationState, gradient_regularization
 
 if TYPE_CHECKING:
-    from gnp_optax import diagnostics, linen, nnx, plots  # noqa: F401
+    from gnp_optax import diagnostics, equinox, linen, nnx, plots  # noqa: F401
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GradientRegularizationState",
     "MomentumSAMState",
+    "Report",
     "asam",
     "batching",
     "canonical_convolutions",
@@ -45,6 +49,7 @@ __all__ = [
     "masks",
     "momentum_sam",
     "perturbed",
+    "report_as_dict",
     "sam",
     "schedules",
     "value_and_grad",
@@ -56,6 +61,7 @@ __all__ = [
 _EXTRAS = {
     "linen": ("flax", ("flax",)),
     "nnx": ("flax", ("flax",)),
+    "equinox": ("equinox", ("equinox",)),
     "plots": ("plots", ("matplotlib",)),
     "diagnostics": ("diagnostics", ("matfree", "tqdm")),
 }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from gnp_optax import _prefix, directions
-from gnp_optax._core import checks, losses, mixing, numerics, perturbation, selection
+from gnp_optax._core import checks, losses, mixing, numerics, perturbation, report, selection
 from gnp_optax._core.options import Curvature, Options, Scope
 from gnp_optax._core.perturbation import Arrays, Gradient, Loss, Point
 from gnp_optax._core.selection import Mask
@@ -29,7 +29,8 @@ def value_and_grad(
     perturb_dtype: jax.typing.DTypeLike | None = None,
     surrogate_gap: jax.typing.ArrayLike | None = None,
     has_aux: bool = False,
-) -> Callable[..., tuple[Any, PyTree]]:
+    return_report: bool = False,
+) -> Callable[..., tuple[Any, ...]]:
     """Return a function for the value of `fun` and its regularized gradient.
 
     As `jax.value_and_grad(fun, has_aux=has_aux)`, with, in place of the gradient g,
@@ -77,10 +78,13 @@ def value_and_grad(
             mask and scope "all" the norms are over all leaves, and it costs one more backward pass
             of what comes before the cut.
         has_aux: Whether `fun` returns `(loss, aux)`.
+        return_report: Whether to return a `gnp.Report` as well: norms, perturbed loss and cosine of
+            the gradients that are there anyway. That costs a few operations for each parameter and
+            each example, and for alpha = 1 the memory of g, else let go before the second pass.
 
     Returns:
         A function of `(params, *args, **kwargs)` that returns `(value, g_reg)`, or
-        `((value, aux), g_reg)` with `has_aux`.
+        `((value, aux), g_reg)` with `has_aux`; with `return_report` the report is a third.
 
     Raises:
         TypeError: If `fun` does not return a real scalar, or an argument is of the wrong type.
@@ -93,13 +97,17 @@ def value_and_grad(
         >>> value, grad = value_and_grad(loss, r=0.5, alpha=0.2)(jnp.array([3.0, 4.0]), 1.0)
         >>> float(value), [round(float(g), 4) for g in grad]   # x + lambda x / ||x||, lambda = 0.1
         (12.5, [3.06, 4.08])
+        >>> gradient = value_and_grad(loss, r=0.5, alpha=0.2, return_report=True)
+        >>> value, grad, report = gradient(jnp.array([3.0, 4.0]), 1.0)
+        >>> float(report.perturbed_loss)   # 5.5**2 / 2
+        15.125
 
     References:
         Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep
         Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
     """
     options = resolve(direction, mask, scope, curvature, perturb_dtype, has_aux, surrogate_gap)
-    return regularized(fun, r, alpha, options)
+    return regularized(fun, r, alpha, options, return_report)
 
 
 def resolve(
@@ -122,14 +130,15 @@ def regularized(
     r: jax.typing.ArrayLike,
     alpha: jax.typing.ArrayLike,
     options: Options,
-) -> Callable[..., tuple[Any, PyTree]]:
+    return_report: bool = False,
+) -> Callable[..., tuple[Any, ...]]:
     """Return the function that `value_and_grad` returns."""
     _check_number("r", r)
     _check_number("alpha", alpha)
     loss_fn = losses.with_aux(fun, options.has_aux)
 
     @functools.wraps(fun)
-    def value_and_grad_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    def value_and_grad_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         parts = selection.Parts(options.mask, params)
         ascend = _ascent(options, parts, params)
 
@@ -142,13 +151,22 @@ def regularized(
         # g, and how to find g~
         (value, aux), g, second_gradient, pullback = _first_gradient(shared, options, is_plain)
 
-        def mixed() -> Gradient:
+        def mixed() -> tuple[Gradient, report.Report | None]:
             second = second_gradient(g, ascend(g), r)  # at theta + r d
             # (1 - alpha) g + alpha g~
-            return mixing.mixture(g, second, r, alpha, options.surrogate_gap)
+            g_reg = mixing.mixture(g, second, r, alpha, options.surrogate_gap)
+            seen = report.of_perturbed(g, shared.point[0], second) if return_report else None
+            return g_reg, seen
 
-        g_reg = mixing.unless_zero(alpha, mixed, lambda: g)
-        return ((value, aux) if options.has_aux else value), parts.unite(*pullback(g_reg))
+        def plain() -> tuple[Gradient, report.Report | None]:
+            if not return_report:
+                return g, None
+            return g, report.not_run(report.grad_norm((g[0], [])), value)
+
+        g_reg, seen = mixing.unless_zero(alpha, mixed, plain)
+        grads = parts.unite(*pullback(g_reg))
+        found = (value, aux) if options.has_aux else value
+        return (found, grads, seen) if return_report else (found, grads)
 
     return value_and_grad_fn
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gnp_optax._core import checks, numerics, paths, perturbation, selection
+from gnp_optax._core import checks, nodes, numerics, paths, perturbation, selection
 from gnp_optax._core.selection import Mask
 
 PyTree = Any
@@ -130,8 +130,8 @@ def perturbed(
     """Return the parameters at which a step of `momentum_sam` takes its gradient.
 
     `theta + rho m / ||m||`, computed in float32 or wider; leaves that are not perturbed are the
-    same arrays. For `gnp_optax.linen` and `gnp_optax.nnx` there are `TrainState.perturbed_params`
-    and `nnx.perturbed(model, optimizer)`.
+    same arrays. For models there are `linen.TrainState.perturbed_params`,
+    `nnx.perturbed(model, optimizer)` and `equinox.perturbed(model, opt_state)`.
 
     Args:
         params: The parameters.
@@ -159,6 +159,7 @@ def perturbed(
         [3.0, 4.1]
     """
     checks.check_perturb_dtype(perturb_dtype, "finite_difference")
+    checks.check_parameters(params)
     state = _found(opt_state)
     leaves, structure = jax.tree.flatten(params)
     momentum = _of_leaves(state.momentum, params)
@@ -178,28 +179,25 @@ def perturbed(
 
 def _found(opt_state: PyTree) -> MomentumSAMState:
     """Return the one state of `momentum_sam` inside a state."""
-
-    def is_one(node: Any) -> bool:
-        return isinstance(node, MomentumSAMState)
-
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
-    if not states:
+    found = nodes.inside(opt_state, MomentumSAMState)
+    if not found:
         raise ValueError(
             "There is no state of gnp.momentum_sam in this optimizer state. Put it first in the "
             "chain, tx = optax.chain(gnp.momentum_sam(rho=0.1), optax.adamw(1e-3)), and pass what "
             "tx.init(params) and tx.update(...) return: gnp.perturbed(params, opt_state)."
         )
-    if len(states) > 1:
+    if len(found) > 1:
         raise ValueError(
-            f"There are {len(states)} states of gnp.momentum_sam in this optimizer state, and the "
+            f"There are {len(found)} states of gnp.momentum_sam in this optimizer state, and the "
             f"parameters can be perturbed by one. For several radii chain one of them, or pass the "
             f"part of the state that is meant: gnp.perturbed(params, opt_state[0])."
         )
-    return states[0]
+    return found[0]
 
 
 def _checked(state: Any, params: Any) -> MomentumSAMState:
     """Return the state, or raise for what can't be updated."""
+    checks.check_parameters(params)
     if params is None:
         raise ValueError(
             "momentum_sam perturbs the parameters and needs them, those that are not perturbed: "

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gnp_optax._core import checks, losses, numerics, pieces
+from gnp_optax._core.report import Report
 
 __all__ = ["accumulate", "m_sharpness"]
 PyTree = Any
@@ -58,7 +59,7 @@ def accumulate(
 
     Raises:
         TypeError: If `fun` does not return a real scalar; if an argument that is not the parameters
-            is differentiated; if the parameters are an NNX module.
+            is differentiated; if a module stands in place of its parameters.
         ValueError: If the arguments cannot be split.
 
     Example:
@@ -72,7 +73,7 @@ def accumulate(
 
     @functools.wraps(fun)
     def accumulated(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
-        pieces.check_params("batching.accumulate", params)
+        checks.check_parameters(params)
         size = pieces.batch_size("batching.accumulate", args, kwargs)
         if size % micro_batches:
             raise ValueError(
@@ -99,12 +100,12 @@ def accumulate(
 
 
 def m_sharpness(
-    gradient: Callable[..., tuple[Any, PyTree]],
+    gradient: Callable[..., tuple[Any, ...]],
     m: int,
     *,
     parallel: int = 1,
     has_aux: bool = False,
-) -> Callable[..., tuple[Any, PyTree]]:
+) -> Callable[..., tuple[Any, ...]]:
     """Return the mean of the regularized gradients of groups of m examples.
 
     Each group is perturbed by its own gradient, as by a device that sees m examples of the batch.
@@ -133,10 +134,11 @@ def m_sharpness(
 
     Returns:
         A function with the signature of `gradient` that returns the means over the groups of value
-        and gradient.
+        and gradient; of a report, one row for each group, as of aux.
 
     Raises:
-        TypeError: If `gradient` returns something else; if the parameters are an NNX module.
+        TypeError: If `gradient` returns something else; if a module stands in place of its
+            parameters.
         ValueError: If the arguments cannot be split.
 
     Example:
@@ -156,8 +158,8 @@ def m_sharpness(
     checks.check_integer("parallel", parallel, at_least=1)
 
     @functools.wraps(gradient)
-    def mean_gradient(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        pieces.check_params("batching.m_sharpness", params)
+    def mean_gradient(params: PyTree, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        checks.check_parameters(params)
         size = pieces.batch_size("batching.m_sharpness", args, kwargs)
         if size % m:
             raise ValueError(f"A batch of {size} examples has no groups of {m}: m must divide it.")
@@ -178,36 +180,39 @@ def m_sharpness(
             found, grads = jax.vmap(of_group)(groups)
             return found, jax.tree.map(lambda g: numerics.widen(g).sum(0), grads)
 
-        (values, aux), sums = pieces.summed(of_groups, params, rounds)
+        (values, rows), sums = pieces.summed(of_groups, params, rounds)
         grads = jax.tree.map(
             lambda w, total: (total / (size // m)).astype(jnp.result_type(w)), params, sums
         )
-        value = pieces.mean(values)
-        if not has_aux:
-            return value, grads
         # From (round, place, ...) to the order of the groups in the batch.
-        aux = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), aux)
-        return (value, aux), grads
+        aux, reports = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), rows)
+        value = pieces.mean(values)
+        return ((value, aux) if has_aux else value), grads, *reports
 
     return mean_gradient
 
 
 def _checked(found: Any, params: PyTree, has_aux: bool) -> tuple[tuple[jax.Array, Any], PyTree]:
-    """Return `((value, aux), grads)`, raising unless a gradient function returned `found`."""
+    """Return `((value, (aux, reports)), grads)`, raising unless `found` is of a gradient function.
+
+    There is one report, or none.
+    """
     structure: Any = jax.tree.structure(params)
-    is_pair = isinstance(found, tuple) and len(found) == 2
-    if not is_pair or jax.tree.structure(found[1]) != structure:
+    is_gradient = isinstance(found, tuple) and len(found) >= 2
+    is_gradient = is_gradient and all(isinstance(x, Report) for x in found[2:])
+    if not is_gradient or jax.tree.structure(found[1]) != structure:
         raise TypeError(
             "m_sharpness takes a function of (params, *args) that returns (value, grads), not a "
             "loss: gnp.batching.m_sharpness(gnp.value_and_grad(loss_fn, r, alpha), m)."
         )
-    value, grads = found
+    value, grads, *reports = found
     if has_aux != isinstance(value, tuple):
         raise TypeError(
             "With has_aux=True the gradient function must return ((value, aux), grads), without "
             "it (value, grads); pass the same has_aux to both."
         )
-    return (value if has_aux else (value, None)), grads
+    value, aux = value if has_aux else (value, None)
+    return (value, (aux, reports)), grads
 
 
 def __dir__() -> list[str]:

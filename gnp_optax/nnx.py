@@ -1,4 +1,4 @@
-"""Flax NNX: the regularized gradient of a function of a module."""
+"""Flax NNX: the regularized gradient of a function of a module, and what transformations need."""
 
 import functools
 from collections.abc import Callable
@@ -9,11 +9,11 @@ import optax
 from flax import nnx
 
 from gnp_optax import _functional, _momentum
-from gnp_optax._core import losses
+from gnp_optax._core import checks, losses, paths
 from gnp_optax._core.options import Curvature, Scope
 from gnp_optax._core.selection import Mask
 
-__all__ = ["perturbed", "value_and_grad"]
+__all__ = ["perturbed", "value_and_grad", "value_fn"]
 PyTree = Any
 
 
@@ -29,8 +29,9 @@ def value_and_grad(
     perturb_dtype: jax.typing.DTypeLike | None = None,
     surrogate_gap: jax.typing.ArrayLike | None = None,
     has_aux: bool = False,
+    return_report: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
-) -> Callable[..., tuple[Any, Any]]:
+) -> Callable[..., tuple[Any, ...]]:
     """Return a function for the value of `fun` and its regularized gradient, for NNX modules.
 
     As `nnx.value_and_grad(fun, has_aux=has_aux)` with respect to the first argument, with the
@@ -51,13 +52,14 @@ def value_and_grad(
         perturb_dtype: As in `gnp_optax.value_and_grad`.
         surrogate_gap: As in `gnp_optax.value_and_grad`.
         has_aux: Whether `fun` returns `(loss, aux)`.
+        return_report: Whether to return a `gnp_optax.Report` as well.
         wrt: Filter for the variables of `model` to differentiate; the one that the `nnx.Optimizer`
             was given.
 
     Returns:
         A function of `(model, *args, **kwargs)` that returns `(value, grads)`, or
         `((value, aux), grads)` with `has_aux`; `grads` is an `nnx.State` for
-        `optimizer.update(model, grads)`.
+        `optimizer.update(model, grads)`. With `return_report` the report is a third.
 
     Raises:
         TypeError, ValueError: As `gnp_optax.value_and_grad`; if `wrt` matches no variable.
@@ -69,7 +71,6 @@ def value_and_grad(
         >>> jax.tree.map(jax.numpy.shape, nnx.to_pure_dict(grads))
         {'bias': (1,), 'kernel': (2, 1)}
     """
-    matches = nnx.filterlib.to_predicate(wrt)
     loss = losses.with_aux(fun, has_aux)
     # Beside the user's aux, the variables that the clean pass has changed.
     options = _functional.resolve(
@@ -82,19 +83,79 @@ def value_and_grad(
         value, aux = loss(model, *args, **kwargs)
         return value, (aux, call.others(called))
 
-    gradient = _functional.regularized(of_params, r, alpha, options)
+    gradient = _functional.regularized(of_params, r, alpha, options, return_report)
 
     @functools.wraps(fun)
-    def value_and_grad_fn(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def value_and_grad_fn(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         called = (model, args, kwargs)
-        call = _Call(called, matches)
-        if not jax.tree.leaves(call.params):
-            raise ValueError(f"The model has no variables to differentiate: wrt={wrt!r}.")
-        (value, (aux, changed)), grads = gradient(call.params, call)
+        call = _Call(called, wrt)
+        (value, (aux, changed)), grads, *reports = gradient(call.params, call)
         nnx.update(called, changed)
-        return ((value, aux) if has_aux else value), grads
+        return ((value, aux) if has_aux else value), grads, *reports
 
     return value_and_grad_fn
+
+
+def value_fn(
+    loss: Callable[..., Any],
+    model: Any,
+    /,
+    *args: Any,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    **kwargs: Any,
+) -> Callable[[PyTree], Any]:
+    """Return the loss as a function of the parameters, as transformations take it.
+
+    Make it before the gradient, so that both passes see the same random keys:
+
+        value_fn = gnp_optax.nnx.value_fn(loss, model, x, y)
+        value, grads = nnx.value_and_grad(loss)(model, x, y)
+        optimizer.update(model, grads, value_fn=value_fn)
+
+    Every call works on a copy of the model and of all other arguments as they are now: batch
+    statistics and random streams of the model itself stay what they are.
+
+    Args:
+        loss: Loss `loss(model, *args, **kwargs)`.
+        model: The module.
+        *args: Further arguments of `loss`.
+        wrt: The filter that the `nnx.Optimizer` was given.
+        **kwargs: Keyword arguments of `loss`.
+
+    Returns:
+        A function from the parameters, an `nnx.State`, to what `loss` returns.
+
+    Raises:
+        TypeError: If `model` is a module of another library.
+        ValueError: If `wrt` matches no variable; when it is called, if the parameters are not those
+            that `wrt` matches.
+
+    Example:
+        >>> import gnp_optax as gnp
+        >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+        >>> loss = lambda model, x: (model(x) ** 2).mean()
+        >>> x = jax.numpy.ones((4, 2))
+        >>> tx = optax.chain(gnp.sam(0.1), optax.sgd(0.1))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> grads = nnx.grad(loss)(model, x)
+        >>> _ = optimizer.update(model, grads, value_fn=value_fn(loss, model, x))
+        >>> gnp.report_as_dict(optimizer.opt_state)["sam/perturbed"]
+        1.0
+    """
+    call = _Call((model, args, kwargs), wrt)
+
+    def of_params(params: PyTree) -> Any:
+        given, expected = paths.leaf_paths(params), paths.leaf_paths(call.params)
+        if given != expected:
+            raise ValueError(
+                f"The loss was made for the parameters {checks.listed(expected)}, and was given "
+                f"{checks.listed(given)}. Name the filter of the optimizer: "
+                f"gnp_optax.nnx.value_fn(loss, model, x, y, wrt=optimizer.wrt)."
+            )
+        model, args, kwargs = call.at(params)
+        return loss(model, *args, **kwargs)
+
+    return of_params
 
 
 def perturbed(
@@ -131,6 +192,7 @@ def perturbed(
         >>> perturbed(model, optimizer).kernel.shape
         (2, 1)
     """
+    checks.check_parameters(model, but="NNX")
     split: Any = nnx.split(model, optimizer.wrt, ...)
     graphdef, params, rest = split
     moved = _momentum.perturbed(
@@ -175,11 +237,14 @@ class _Call:
     All arguments at once, since they may share variables (an `nnx.Rngs` for one).
     """
 
-    def __init__(self, called: PyTree, matches: Callable[[Any, Any], bool]) -> None:
-        self._matches = matches
+    def __init__(self, called: PyTree, wrt: nnx.filterlib.Filter) -> None:
+        checks.check_parameters(called[0], but="NNX")
+        self._matches = nnx.filterlib.to_predicate(wrt)
         split: Any = nnx.split(called, self._is_differentiated, ...)
         self._graphdef, differentiated, rest = split
         self.params = differentiated[0] if differentiated else differentiated
+        if not jax.tree.leaves(self.params):
+            raise ValueError(f"The model has no variables to differentiate: wrt={wrt!r}.")
         self._structure = jax.tree.structure(differentiated)
         # The state holds the live variables, which a pass changes: keep their present values.
         self._values, self._rest_structure = jax.tree.flatten(rest)

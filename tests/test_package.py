@@ -14,6 +14,7 @@ import pytest
 
 import gnp_optax as gnp
 import gnp_optax.diagnostics
+import gnp_optax.equinox
 import gnp_optax.linen
 import gnp_optax.nnx
 import gnp_optax.plots
@@ -25,8 +26,8 @@ FLOORS = [
     {"_core"},
     {"directions", "schedules", "batching", "plots", "_prefix", "_momentum"},
     {"_functional", "linen"},
-    {"_transformation", "nnx", "masks"},
-    {"_presets", "diagnostics"},
+    {"_transformation", "nnx", "equinox", "masks"},
+    {"_presets", "_logs", "diagnostics"},
     {"__init__"},
     {"experiments"},
 ]
@@ -161,8 +162,9 @@ PUBLIC = {
     ),
     "value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=None, has_aux=False)"
+        "perturb_dtype=None, surrogate_gap=None, has_aux=False, return_report=False)"
     ),
+    "report_as_dict": "(opt_state_or_report, prefix='sam/')",
     "schedules.r_warmup": "(r, warmup_steps)",
     "schedules.lambda_warmup": "(alpha, warmup_steps)",
     "schedules.zero_warmup": "(alpha, warmup_steps)",
@@ -231,9 +233,16 @@ PUBLIC = {
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
         "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=None, has_aux=False, wrt=Param)"
+        "perturb_dtype=None, surrogate_gap=None, has_aux=False, return_report=False, wrt=Param)"
     ),
+    "nnx.value_fn": "(loss, model, /, *args, wrt=Param, **kwargs)",
     "nnx.perturbed": "(model, optimizer, *, perturb_dtype=None)",
+    "equinox.value_and_grad": (
+        "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
+        "perturb_dtype=None, surrogate_gap=None, has_aux=False, return_report=False)"
+    ),
+    "equinox.value_fn": "(loss, model, /, *args, **kwargs)",
+    "equinox.perturbed": "(model, opt_state, *, perturb_dtype=None)",
     "plots.curve_style": "(n)",
     "plots.band": "(ax, x, values, label, *, style=None)",
     "plots.schedules": "(ax, schedules, steps)",
@@ -294,6 +303,7 @@ def test_all_lists_what_is_public():
     assert {name.partition(".")[0] for name in PUBLIC} - set(gnp._EXTRAS) == set(gnp.__all__) - {
         "GradientRegularizationState",
         "MomentumSAMState",
+        "Report",
     }
     public_diagnostics = {name.partition(".")[2] for name in PUBLIC if "diagnostics." in name}
     results = {name for name in gnp.diagnostics.__all__ if name[0].isupper()}
@@ -305,7 +315,7 @@ def test_public_modules_offer_what_is_public_alone():
         offered = {name for name in dir(module) if not name.startswith("_")}
         extras = set(gnp._EXTRAS) if module is gnp else set()
         assert offered == set(module.__all__) | extras, module.__name__
-    for name in ("nnx", "plots", "diagnostics"):
+    for name in ("nnx", "equinox", "plots", "diagnostics"):
         assert set(getattr(gnp, name).__all__) <= set(dir(getattr(gnp, name)))
 
 
@@ -326,11 +336,12 @@ def test_a_type_checker_sees_modules_and_misspelt_options(tmp_path):
         "reveal_type(gnp.plots)\n"
         "reveal_type(gnp.linen)\n"
         "reveal_type(gnp.nnx)\n"
+        "reveal_type(gnp.equinox)\n"
         'gnp.sam(0.1, scope="mask")\n'
         'gnp.value_and_grad(abs, 0.1, 1.0, curvature="exakt")\n'
     )
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.stdout.count("types.ModuleType") == 4, done.stdout
+    assert done.stdout.count("types.ModuleType") == 5, done.stdout
     assert 'Argument "scope" to "sam" has incompatible type' in done.stdout
     assert 'Argument "curvature" to "value_and_grad" has incompatible type' in done.stdout

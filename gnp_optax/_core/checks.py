@@ -2,12 +2,15 @@
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from gnp_optax._core import nodes
 
 
 def check_scalar(name: str, value: Any) -> None:
@@ -89,6 +92,63 @@ def check_perturb_dtype(dtype: Any, curvature: str) -> None:
             "With curvature='exact' no parameter is perturbed, so that perturb_dtype would have no "
             "effect. Leave it out."
         )
+
+
+# Where the modules of a library are, and what is written in place of passing one.
+_MODULES = {
+    "NNX": (
+        "flax.nnx",
+        "Its gradient, statistics and random streams: gnp_optax.nnx.value_and_grad(loss_fn, r, "
+        "alpha)(model, x, y). For everything else take params = nnx.state(model, nnx.Param), and "
+        "as their loss lambda params, x, y: gnp_optax.nnx.value_fn(loss_fn, model, x, y)(params).",
+    ),
+    "linen": (
+        "flax.linen",
+        "It holds none: params = model.init(key, x)['params'], and in the loss model.apply({"
+        "'params': params}, x). The state of a training: gnp_optax.linen.TrainState.create("
+        "apply_fn=model.apply, params=params, tx=tx).",
+    ),
+    "Equinox": (
+        "equinox",
+        "Its gradient: gnp_optax.equinox.value_and_grad(loss_fn, r, alpha)(model, x, y). For "
+        "everything else take params = eqx.filter(model, eqx.is_inexact_array), and as their loss "
+        "lambda params, x, y: gnp_optax.equinox.value_fn(loss_fn, model, x, y)(params).",
+    ),
+}
+
+
+def check_parameters(params: Any, *, but: str = "") -> None:
+    """Raise for a module where its parameters belong, unless it is one of the library `but`.
+
+    The arrays of an Equinox module alone, as `eqx.filter` leaves them, are parameters.
+    """
+    for library, (home, advice) in _MODULES.items():
+        kind = _named(home, "Module")
+        if kind is not None and library != but:
+            for module in nodes.inside(params, kind):
+                if library != "Equinox" or not _has_only_arrays(module):
+                    raise TypeError(
+                        f"Parameters belong here, but {type(module).__name__} is a module of "
+                        f"{library}. {advice}"
+                    )
+
+
+def adapter_of(params: Any) -> str | None:
+    """Return the module of this package whose `value_fn` makes a loss of such parameters."""
+    for adapter, home, name in (("nnx", "flax.nnx", "State"), ("equinox", "equinox", "Module")):
+        kind = _named(home, name)
+        if kind is not None and isinstance(params, kind):
+            return adapter
+    return None
+
+
+def _named(home: str, name: str) -> Any:
+    # Only a program that has imported a library can hold its objects: never import it here.
+    return vars(sys.modules[home]).get(name) if home in sys.modules else None
+
+
+def _has_only_arrays(tree: Any) -> bool:
+    return all(hasattr(leaf, "shape") for leaf in jax.tree.leaves(tree))
 
 
 # Told by the code that runs: to look at a frame's variables would keep them alive.

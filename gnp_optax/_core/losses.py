@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from gnp_optax._core import checks
+
 PyTree = Any
 # From the parameters to the scalar loss and whatever else it returned.
 Loss = Callable[[PyTree], tuple[jax.Array, Any]]
@@ -129,6 +131,13 @@ def closure(
                     f"is wrapped around the gradient regularization, the loss does not see the "
                     f"tree it was written for. Put the regularization outside: "
                     f"optax.chain(gnp.gradient_regularization(r, alpha), optax.flatten(...))."
+                )
+            adapter = checks.adapter_of(params)
+            if adapter is not None:
+                error.add_note(
+                    f"The loss was given the parameters of a model, not the model. For a loss of "
+                    f"the model: value_fn=gnp_optax.{adapter}.value_fn(loss, model, x, y), made "
+                    f"before the gradient."
                 )
             raise
 

@@ -1,6 +1,5 @@
 """Batches in parts, one after the other; the parts stand along the second axis of every array."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -88,21 +87,6 @@ def part(parts: PyTree, i: jax.Array) -> PyTree:
 def mean(values: jax.Array) -> jax.Array:
     """Mean, computed in float32 or wider."""
     return numerics.widen(values).mean().astype(values.dtype)
-
-
-def check_params(name: str, params: PyTree) -> None:
-    """Raise for an NNX module: what a part changes in it would be lost."""
-    nnx = sys.modules.get("flax.nnx")  # without importing Flax: a module can't be there before it
-    if nnx is None:
-        return
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Module))
-    if any(isinstance(leaf, nnx.Module) for leaf in leaves):
-        raise TypeError(
-            f"gnp.{name} takes parameters, not an NNX module, whose statistics and random "
-            f"streams it could not advance. Split the module, graphdef, params, rest = "
-            f"nnx.split(model, nnx.Param, ...), and in the loss put it together: "
-            f"nnx.merge(graphdef, params, rest)."
-        )
 
 
 def batch_size(name: str, args: Any, kwargs: Any | None) -> int:

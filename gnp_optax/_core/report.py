@@ -13,13 +13,29 @@ Arrays = list[Any]
 
 
 class Report(NamedTuple):
-    """Float32 scalars, finite where the gradients are, and whether a second pass ran."""
+    """What a step tells: float32 scalars, finite where the gradients are, and a bool.
+
+    The norm and the cosine are over the leaves under the mask: what a loss computes before the
+    first of them is differentiated once, so that elsewhere the two gradients are never apart.
+
+    Attributes:
+        grad_norm: `||g||`.
+        perturbation_norm: Norm of the change that happened to the parameters, after rounding.
+        perturbed_loss: `L(theta + eps)`.
+        cosine: Cosine between g and g~; 0 where one of them is 0.
+        perturbed: Whether a second pass ran. Where none did, the three before it are 0, `L(theta)`
+            and 1.
+    """
 
     grad_norm: jax.Array
     perturbation_norm: jax.Array
     perturbed_loss: jax.Array
     cosine: jax.Array
     perturbed: jax.Array
+
+
+# The public home, which is also where a pickled report looks for it.
+Report.__module__ = "gnp_optax"
 
 
 def empty() -> Report:
@@ -48,15 +64,22 @@ def of(g: Gradient, norm: jax.Array, perturbed: Arrays, second: SecondGradient) 
     return Report._make([*measured, jnp.ones([], bool)])
 
 
-def not_run(norm: jax.Array) -> Report:
-    """Report a step without a second pass, given the norm of its gradient.
+def of_perturbed(g: Gradient, perturbed: Arrays, second: SecondGradient) -> Report:
+    """Report a second gradient over what is perturbed alone."""
+    own: Gradient = g[0], []
+    return of(own, grad_norm(own), perturbed, second._replace(tilde=(second.tilde[0], [])))
+
+
+def not_run(norm: jax.Array, loss: jax.Array | None = None) -> Report:
+    """Report a step without a second pass, given the norm of its gradient, and its loss if known.
 
     Inside `shard_map` the branches of a `cond` must vary over the same mesh axes. So what is
     constant is made from the norm.
     """
     norm = jnp.asarray(norm, jnp.float32)
     zero, one = jnp.zeros_like(norm), jnp.ones_like(norm)
-    return Report(norm, zero, zero, one, jnp.zeros([], bool))
+    loss = zero if loss is None else jnp.asarray(loss, jnp.float32)
+    return Report(norm, zero, loss, one, jnp.zeros([], bool))
 
 
 def _is_gradient(g: Any) -> bool:

@@ -69,7 +69,8 @@ def selected_leaves(mask: Mask, params: PyTree) -> list[bool | np.ndarray]:
 
 
 def _check_params(params: PyTree) -> None:
-    """Raise if a wrapper has taken leaves out of the parameters."""
+    """Raise for a module, and if a wrapper has taken leaves out of the parameters."""
+    checks.check_parameters(params)
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(

@@ -149,7 +149,7 @@ def measure(
         passes: How often it goes over all examples.
     """
     _check_fun(name, fun)
-    pieces.check_params(f"diagnostics.{name}", params)
+    checks.check_parameters(params)
     if progress and _layout.is_traced((params, args)):
         raise ValueError(
             f"progress=True needs numbers, but gnp.diagnostics.{name} was called with traced "

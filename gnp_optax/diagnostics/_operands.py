@@ -59,6 +59,7 @@ def scalar(value: jax.typing.ArrayLike) -> jax.Array:
 
 def check_like(params: PyTree, name: str, tree: PyTree) -> None:
     """Raise unless a tree has the structure and the shapes of the parameters."""
+    checks.check_parameters((params, tree))
     expected: Any = jax.tree.structure(params)
     structure: Any = jax.tree.structure(tree)
     if structure != expected:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from gnp_optax import _functional
-from gnp_optax._core import selection
+from gnp_optax._core import checks, selection
 from gnp_optax._core.options import Curvature, Scope
 from gnp_optax.masks import _flops
 
@@ -59,6 +59,7 @@ def cost(
         >>> [round(cost(loss, params, mask, x), 1) for mask in (None, by_path("^head"))]
         [2.0, 1.1]
     """
+    checks.check_parameters(params)
     options = _functional.resolve(None, mask, scope, curvature, None, has_aux, surrogate_gap)
     regularized = _functional.regularized(fun, 0.1, 0.5, options)
     plain = jax.value_and_grad(fun, has_aux=has_aux)

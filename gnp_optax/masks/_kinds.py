@@ -285,7 +285,7 @@ class Matrices(Mask):
 
     def __call__(self, params: PyTree) -> PyTree:
         """Return whether each leaf is selected."""
-        _refuse_step_count(params)
+        _check_params(params)
         return jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, params)
 
     def __repr__(self) -> str:
@@ -323,7 +323,7 @@ def _check_regex(name: str, regex: str) -> None:
 
 
 def _paths_of(params: PyTree) -> list[str]:
-    _refuse_step_count(params)
+    _check_params(params)
     return paths.leaf_paths(params)
 
 
@@ -331,7 +331,8 @@ def _tree_of(params: PyTree, selected: Sequence[bool | np.ndarray]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), selected)
 
 
-def _refuse_step_count(params: PyTree) -> None:
+def _check_params(params: PyTree) -> None:
+    checks.check_parameters(params)
     # `optax.inject_hyperparams` takes every callable for a schedule and calls it with its count.
     if isinstance(params, (int, np.ndarray, jax.Array)) and not numerics.is_inexact(params):
         raise ValueError(selection.MASK_AS_SCHEDULE)

@@ -102,6 +102,7 @@ def _check_budget(k: int | None, budget: float | None, cost: Any) -> None:
 
 def layer_norms(grads: PyTree) -> dict[str, jax.Array]:
     """Return the norm of every layer's gradient, by name, in the order of the parameters."""
+    checks.check_parameters(grads)
     by_layer: dict[str, list[jax.Array]] = {}
     for path, leaf in zip(paths.leaf_paths(grads), jax.tree.leaves(grads), strict=True):
         if numerics.is_inexact(leaf):

@@ -352,16 +352,6 @@ CASES = {
         TypeError,
         "the same has_aux to both",
     ),
-    "accumulate: an NNX module": (
-        lambda: accumulated(2)(_module(), jnp.ones((4, 2))),
-        TypeError,
-        r"nnx.split\(model, nnx.Param, ...\)",
-    ),
-    "m_sharpness: an NNX module": (
-        lambda: grouped(2)(_module(), jnp.ones((4, 2))),
-        TypeError,
-        "not an NNX module",
-    ),
     # Types.
     "perturb_dtype: an integer type": (
         lambda: gr(perturb_dtype="int32"),
@@ -553,12 +543,6 @@ CASES = {
     ),
     "an unknown name": (lambda: gnp.smaller, AttributeError, "smaller"),
 }
-
-
-def _module():
-    from flax import nnx
-
-    return nnx.Linear(2, 2, rngs=nnx.Rngs(0))
 
 
 def _frozen():

@@ -317,30 +317,64 @@ def test_nnx_checks_its_arguments_when_it_is_made():
         gnp_nnx.value_and_grad(nnx_loss, -0.1, 0.8)
 
 
-def test_nnx_optimizer_hands_the_loss_to_the_transformation():
-    """The composable form in NNX: `Optimizer.update` forwards keyword arguments."""
+def nnx_composed_run(steps, value_fn_of=gnp_nnx.value_fn, wrt=nnx.Param):
+    """As `nnx_run`, with the transformation."""
     model = NNXModel(nnx.Rngs(0))
-    model.eval()
-    tx = optax.chain(gnp.gradient_regularization(0.1, 0.8), optax.sgd(0.1))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, structure = jax.tree.flatten(rest)
-    _, expected = gnp_nnx.value_and_grad(nnx_loss, 0.1, 0.8)(model, X, Y)
-    before = jax.tree.map(jnp.copy, params)
+    tx = optax.chain(gnp.gradient_regularization(0.1, 0.8), optax.adamw(1e-2))
+    optimizer = nnx.Optimizer(model, tx, wrt=wrt)
 
-    def value_fn(params):
-        rest = jax.tree.unflatten(structure, leaves)
-        return nnx_loss(nnx.merge(graphdef, params, rest), X, Y)
+    @nnx.jit
+    def step(model, optimizer, x, y):
+        value_fn = value_fn_of(nnx_loss, model, x, y=y)
+        of = nnx.value_and_grad(nnx_loss, argnums=nnx.DiffState(0, wrt))
+        value, grads = of(model, x, y)
+        optimizer.update(model, grads, value_fn=value_fn)
+        return value
 
-    grads = nnx.grad(nnx_loss)(model, X, Y)
-    optimizer.update(model, grads, value_fn=value_fn)
-    after = nnx.state(model, nnx.Param)
-    jax.tree.map(
-        lambda w, v, g: np.testing.assert_allclose(w - 0.1 * g, v, rtol=1e-4, atol=1e-6),
-        before,
-        after,
-        expected,
-    )
+    for _ in range(steps):
+        value = step(model, optimizer, X, Y)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return params, rest, value
+
+
+def test_nnx_transformation_takes_the_loss_of_the_parameters():
+    """In training: both passes drop the same units, and statistics and streams advance once."""
+    params, rest, value = nnx_composed_run(steps=3)
+    expected, expected_rest, expected_value = nnx_run(regularized(0.8), steps=3)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, params, expected)
+    assert_same(nnx.filter_state(rest, nnx.RngCount), nnx.filter_state(expected_rest, nnx.RngCount))
+    statistics = (nnx.filter_state(r, nnx.BatchStat) for r in (rest, expected_rest))
+    jax.tree.map(close, *statistics)
+    close(value, expected_value)
+
+
+def test_nnx_value_fn_needs_the_filter_of_the_optimizer():
+    head = nnx.All(nnx.Param, nnx.PathContains("head"))
+    with pytest.raises(ValueError, match=r"'body/bias'.*given 'head/bias'.*wrt=optimizer\.wrt"):
+        nnx_composed_run(1, wrt=head)
+    nnx_composed_run(1, functools.partial(gnp_nnx.value_fn, wrt=head), wrt=head)
+
+
+def test_nnx_value_fn_leaves_the_model_as_it_is():
+    model, same = NNXModel(nnx.Rngs(0)), NNXModel(nnx.Rngs(0))
+    value_fn = gnp_nnx.value_fn(nnx_loss, model, X, Y)
+    first, second = (value_fn(nnx.state(model, nnx.Param)) for _ in range(2))
+    assert first == second == nnx_loss(NNXModel(nnx.Rngs(0)), X, Y)
+    assert_same(nnx.state(model), nnx.state(same))
+
+
+def test_nnx_returns_a_report():
+    def loss(model, x, y):
+        return nnx_loss(model, x, y), x.mean()
+
+    gradient = gnp_nnx.value_and_grad(loss, 0.1, 0.8, has_aux=True, return_report=True)
+    (value, _), _, report = nnx.jit(gradient)(NNXModel(nnx.Rngs(0)), X, Y)
+    g = nnx.jit(nnx.grad(nnx_loss))(NNXModel(nnx.Rngs(0)), X, Y)
+    squares = (np.sum(np.square(x)) for x in jax.tree.leaves(g))
+    np.testing.assert_allclose(report.grad_norm, np.sqrt(sum(squares)), rtol=1e-5)
+    assert gnp.report_as_dict(report)["sam/perturbed"] == 1
+    assert report.perturbed_loss > value
 
 
 # SAM at one gradient a step.
