@@ -527,7 +527,7 @@ CASES = {
     "core: a schedule": (
         lambda: core(gnp.schedules.r_warmup(0.1, 5), 0.5),
         TypeError,
-        r"r=schedule\(step\)",
+        r"r=r_warmup\(0.1, 5\)\(step\)",
     ),
     "negative eta": (lambda: gnp.asam(0.5, eta=-1.0), ValueError, "eta"),
     "negative warmup": (lambda: gnp.schedules.zero_warmup(0.5, -1), ValueError, "warmup_steps"),
