@@ -110,7 +110,7 @@ def zero_warmup(alpha: float, warmup_steps: float) -> optax.Schedule:
     return Schedule("weight", f"zero_warmup({alpha!r}, {steps})", schedule)
 
 
-def every(k: int, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
+def every(k: float, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
     """Regularize every k-th step only.
 
     `alpha_t = alpha` for `t = 0, k, 2k, ...` and 0 between, where the second gradient is not
@@ -135,6 +135,11 @@ def every(k: int, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
         >>> schedule
         every(3, 0.5)
     """
+    k = _whole(k)
+    if isinstance(k, float):
+        raise TypeError(
+            f"k must be an integer, got {k!r}. The weight comes second: every(2, {k!r})."
+        )
     checks.check_integer("k", k, at_least=1)
     strength.check_weight("alpha", alpha)
 
@@ -153,17 +158,20 @@ def _linear(value: float, warmup_steps: int) -> optax.Schedule:
 
 
 def _steps(warmup_steps: float) -> int:
-    """Return the length of a warmup; 1e3 steps are a whole number of them, too."""
-    if isinstance(warmup_steps, float):
-        if not warmup_steps.is_integer():
-            of_all = "" if warmup_steps > 1 else " * total_steps"
-            raise TypeError(
-                f"warmup_steps must be an integer, the number of optimizer steps, got "
-                f"{warmup_steps!r}. Write warmup_steps=round({warmup_steps!r}{of_all})."
-            )
-        warmup_steps = int(warmup_steps)
-    checks.check_integer("warmup_steps", warmup_steps, at_least=0)
-    return warmup_steps
+    steps = _whole(warmup_steps)
+    if isinstance(steps, float):
+        of_all = "" if steps > 1 else " * total_steps"
+        raise TypeError(
+            f"warmup_steps must be an integer, the number of optimizer steps, got {steps!r}. Write "
+            f"warmup_steps=round({steps!r}{of_all})."
+        )
+    checks.check_integer("warmup_steps", steps, at_least=0)
+    return steps
+
+
+def _whole(number: float) -> float:
+    """Return 1e3 as 1000, and everything else as it is."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Radius and weight: lambda in place of alpha, SAM with a weight, schedules that know their kind."""
+"""Radius and weight: lambda for alpha, SAM with a weight, schedules that know their kind."""
 
 import jax
 import jax.numpy as jnp
