@@ -12,8 +12,9 @@ one gradient a step, taken at `perturbed(params, opt_state)`. Beside them:
     diagnostics    how flat a minimum is: sharpness, Hessian, landscapes
     plots          pictures of what diagnostics measures
 
-The last four need Flax, matfree or matplotlib, and are imported when they are asked for. The
-comparison of all methods is a command: `python -m gnp_optax.experiments`.
+`gnp_optax.linen`, `gnp_optax.nnx`, `gnp_optax.diagnostics` and `gnp_optax.plots` need Flax, matfree
+or matplotlib, and are imported when they are asked for. The comparison of all methods is a command:
+`python -m gnp_optax.experiments`.
 """
 
 import importlib.util

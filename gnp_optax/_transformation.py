@@ -22,6 +22,8 @@ from gnp_optax._core.options import Curvature, Scope
 from gnp_optax._core.perturbation import Arrays, Gradient
 from gnp_optax._core.selection import Mask
 
+PyTree = Any
+
 
 class GradientRegularizationState(NamedTuple):
     """State of every transformation here; its layout depends on nothing but `direction`.
@@ -42,7 +44,7 @@ class GradientRegularizationState(NamedTuple):
     """
 
     step: jax.Array
-    direction_state: optax.OptState
+    direction_state: PyTree
     grad_norm: jax.Array
     perturbation_norm: jax.Array
     perturbed_loss: jax.Array
