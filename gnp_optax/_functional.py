@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from gnp_optax import _prefix, directions
-from gnp_optax._core import checks, losses, mixing, numerics, perturbation, report, selection
+from gnp_optax._core import (
+    losses,
+    mixing,
+    numerics,
+    perturbation,
+    report,
+    selection,
+    strength,
+)
 from gnp_optax._core.options import Curvature, Options, Scope
 from gnp_optax._core.perturbation import Arrays, Gradient, Loss, Point
 from gnp_optax._core.selection import Mask
@@ -20,8 +28,9 @@ PyTree = Any
 def value_and_grad(
     fun: Callable[..., Any],
     r: jax.typing.ArrayLike,
-    alpha: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike | None = None,
     *,
+    lam: jax.typing.ArrayLike | None = None,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: Scope = "all",
@@ -57,6 +66,8 @@ def value_and_grad(
             Not negative. For a schedule pass `schedule(step)`.
         alpha: Weight of the perturbed gradient, `lambda / r`; a number or a traced scalar. Not
             negative. 1 is SAM, the number 0 exactly `jax.value_and_grad`.
+        lam: The weight of the penalty, lambda, in place of alpha: `alpha = lam / r`, and 0 where r
+            is 0. A number or a traced scalar.
         direction: From the gradient to the ascent direction d in `eps = r * d`; default
             `gnp.directions.normalized()`. It must have no state, since there is none here.
         mask: Which leaves are perturbed: `None` (all), a prefix pytree of Python bools, or a
@@ -87,7 +98,8 @@ def value_and_grad(
         `((value, aux), g_reg)` with `has_aux`; with `return_report` the report is a third.
 
     Raises:
-        TypeError: If `fun` does not return a real scalar, or an argument is of the wrong type.
+        TypeError: If `fun` does not return a real scalar, or an argument is of the wrong type; if
+            both alpha and lam are given, or neither.
         ValueError: If a number is negative; if the mask selects nothing or does not fit the
             parameters; if `direction` has state.
 
@@ -107,7 +119,7 @@ def value_and_grad(
         Learning", ICML 2022; "When Will Gradient Regularization Be Harmful?", ICML 2024, section 2.
     """
     options = resolve(direction, mask, scope, curvature, perturb_dtype, has_aux, surrogate_gap)
-    return regularized(fun, r, alpha, options, return_report)
+    return regularized(fun, r, alpha, options, lam, return_report)
 
 
 def resolve(
@@ -128,13 +140,13 @@ def resolve(
 def regularized(
     fun: Callable[..., Any],
     r: jax.typing.ArrayLike,
-    alpha: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike | None,
     options: Options,
+    lam: jax.typing.ArrayLike | None = None,
     return_report: bool = False,
 ) -> Callable[..., tuple[Any, ...]]:
     """Return the function that `value_and_grad` returns."""
-    _check_number("r", r)
-    _check_number("alpha", alpha)
+    weight = _weight(r, alpha, lam)
     loss_fn = losses.with_aux(fun, options.has_aux)
 
     @functools.wraps(fun)
@@ -146,7 +158,7 @@ def regularized(
             return loss_fn(parts.unite(perturbed, unperturbed), *args, **kwargs)
 
         # What both gradients share: all that comes before the first use of a perturbed leaf.
-        is_plain = mixing.is_known_to_be(0, alpha)
+        is_plain = mixing.is_known_to_be(0, weight)
         shared = _shared(loss, parts.divide(params), options, is_plain)
         # g, and how to find g~
         (value, aux), g, second_gradient, pullback = _first_gradient(shared, options, is_plain)
@@ -154,7 +166,7 @@ def regularized(
         def mixed() -> tuple[Gradient, report.Report | None]:
             second = second_gradient(g, ascend(g), r)  # at theta + r d
             # (1 - alpha) g + alpha g~
-            g_reg = mixing.mixture(g, second, r, alpha, options.surrogate_gap)
+            g_reg = mixing.mixture(g, second, r, weight, options.surrogate_gap)
             seen = report.of_perturbed(g, shared.point[0], second) if return_report else None
             return g_reg, seen
 
@@ -163,7 +175,7 @@ def regularized(
                 return g, None
             return g, report.not_run(report.grad_norm((g[0], [])), value)
 
-        g_reg, seen = mixing.unless_zero(alpha, mixed, plain)
+        g_reg, seen = mixing.unless_zero(weight, mixed, plain)
         grads = parts.unite(*pullback(g_reg))
         found = (value, aux) if options.has_aux else value
         return (found, grads, seen) if return_report else (found, grads)
@@ -171,13 +183,18 @@ def regularized(
     return value_and_grad_fn
 
 
-def _check_number(name: str, number: Any) -> None:
-    if callable(number):
-        raise TypeError(
-            f"{name} is a schedule, but value_and_grad keeps no step count to read it at. Call "
-            f"it with your own: {name}=schedule(step)."
-        )
-    checks.check_scalar(name, number)
+def _weight(r: Any, alpha: Any, lam: Any) -> Any:
+    """Return the weight of g~, or raise for what is no number."""
+    strength.check_radius("r", r)
+    weight = strength.weight(r, alpha, lam)
+    for name, number in {"r": r, "alpha": alpha, "lam": lam}.items():
+        if callable(number):
+            written = number if isinstance(number, strength.Schedule) else "schedule"
+            raise TypeError(
+                f"{name} is a schedule, but value_and_grad keeps no step count to read it at. Call "
+                f"it with your own: {name}={written}(step)."
+            )
+    return weight
 
 
 def _ascent(

@@ -248,7 +248,7 @@ def _averaged(
 
     of_leaves = zip(
         _of_leaves(momentum, params),
-        selection.leaves_like(jax.tree.structure(params), grads),
+        selection.leaves_like(params, grads),
         selection.selected_leaves(mask, params),
         paths.leaf_paths(params),
         strict=True,

@@ -1,17 +1,48 @@
 """Points in the space of `gradient_regularization` that have names: SAM, ASAM, layer-wise GR."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import jax
 import optax
 
-from gnp_optax import _functional, directions
-from gnp_optax._core import checks
+from gnp_optax import directions
+from gnp_optax._core import strength
 from gnp_optax._core.options import Curvature, Scope
 from gnp_optax._core.selection import Mask
-from gnp_optax._transformation import transformation
+from gnp_optax._transformation import gradient_regularization
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
+def _not_as_in_optax(fun: Callable[P, T]) -> Callable[P, T]:
+    """Say what to write instead, where `fun` is called as `optax.contrib.sam` is."""
+    names = inspect.signature(optax.contrib.sam).parameters.keys()
+
+    @functools.wraps(fun)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        is_first = isinstance(next(iter(args), None), optax.GradientTransformation)
+        if is_first or names & kwargs.keys():
+            raise TypeError(
+                "gnp.sam is not called as optax.contrib.sam is: it takes the radius, and stands "
+                "before the optimizer. In place of optax.contrib.sam(optimizer, optax.chain("
+                "optax.contrib.normalize(), optax.sgd(0.1))) write "
+                "optax.chain(gnp.sam(rho=0.1), optimizer), and in every step "
+                "tx.update(grads, opt_state, params, value_fn=loss_fn). Without normalize() it was "
+                "gnp.sam(rho=0.1, direction=gnp.directions.unnormalized())."
+            )
+        return fun(*args, **kwargs)
+
+    return checked
+
+
+@_not_as_in_optax
 def sam(
     rho: optax.ScalarOrSchedule,
+    alpha: optax.ScalarOrSchedule | None = None,
     *,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
@@ -22,10 +53,16 @@ def sam(
     """Minimize the sharpness of the loss: sharpness-aware minimization, SAM.
 
     `g_reg = grad L(theta + rho g / ||g||)`, which is `gradient_regularization` with `r = rho` and
-    `alpha = 1`. Two gradients a step.
+    `alpha = 1`. Two gradients a step, and one where a schedule makes alpha 0:
+
+        gnp.sam(rho=0.1, alpha=gnp.schedules.zero_warmup(1.0, 1000))
+
+    `optax.contrib.sam` is wrapped around the optimizer; this stands before it. How to go from one
+    to the other is in `notebooks/recipes.ipynb`.
 
     Args:
         rho: Radius of the perturbation, in the units of the parameters; a number or a schedule.
+        alpha: Weight of the perturbed gradient; a number or a schedule. By default 1, which is SAM.
         direction: As in `gradient_regularization`.
         mask: As in `gradient_regularization`.
         scope: As in `gradient_regularization`.
@@ -51,17 +88,22 @@ def sam(
         Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization",
         ICLR 2021, algorithm 1.
     """
-    checks.check_scalar_or_schedule("rho", rho)
-    options = _functional.resolve(
-        direction, mask, scope, "finite_difference", perturb_dtype, has_aux
+    return gradient_regularization(
+        rho,
+        _weight(rho, alpha),
+        direction=direction,
+        mask=mask,
+        scope=scope,
+        perturb_dtype=perturb_dtype,
+        has_aux=has_aux,
     )
-    return transformation(rho, 1.0, options)
 
 
 def asam(
     rho: optax.ScalarOrSchedule,
     eta: float = 0.01,
     *,
+    alpha: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
     scope: Scope = "all",
     perturb_dtype: jax.typing.DTypeLike | None = None,
@@ -75,6 +117,7 @@ def asam(
     Args:
         rho: Radius of the perturbation, relative to the parameters; a number or a schedule.
         eta: Added to the magnitudes, so that a parameter at 0 can move.
+        alpha: As in `sam`.
         mask: As in `gradient_regularization`.
         scope: As in `gradient_regularization`.
         perturb_dtype: As in `gradient_regularization`.
@@ -100,6 +143,7 @@ def asam(
     """
     return sam(
         rho,
+        alpha,
         direction=directions.adaptive(eta),
         mask=mask,
         scope=scope,
@@ -112,6 +156,7 @@ def gsam(
     rho: optax.ScalarOrSchedule,
     surrogate_gap: float,
     *,
+    alpha: optax.ScalarOrSchedule | None = None,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: Scope = "all",
@@ -128,6 +173,7 @@ def gsam(
         rho: Radius of the perturbation, in the units of the parameters; a number or a schedule. The
             authors let it follow the learning rate.
         surrogate_gap: The weight a, in the paper alpha: 0.1 to 1. Not negative; 0 is SAM.
+        alpha: As in `sam`: the weight of all that takes the place of g.
         direction: As in `gradient_regularization`.
         mask: As in `gradient_regularization`.
         scope: As in `gradient_regularization`.
@@ -153,18 +199,24 @@ def gsam(
         Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022,
         algorithm 1.
     """
-    checks.check_scalar_or_schedule("rho", rho)
-    options = _functional.resolve(
-        direction, mask, scope, "finite_difference", perturb_dtype, has_aux, surrogate_gap
+    return gradient_regularization(
+        rho,
+        _weight(rho, alpha),
+        direction=direction,
+        mask=mask,
+        scope=scope,
+        perturb_dtype=perturb_dtype,
+        surrogate_gap=surrogate_gap,
+        has_aux=has_aux,
     )
-    return transformation(rho, 1.0, options)
 
 
 def layerwise_gradient_regularization(
     r: optax.ScalarOrSchedule,
-    alpha: optax.ScalarOrSchedule,
-    mask: Mask,
+    alpha: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
     *,
+    lam: optax.ScalarOrSchedule | None = None,
     direction: optax.GradientTransformation | None = None,
     scope: Scope = "masked",
     curvature: Curvature = "finite_difference",
@@ -182,6 +234,7 @@ def layerwise_gradient_regularization(
     Args:
         r: As in `gradient_regularization`.
         alpha: As in `gradient_regularization`.
+        lam: As in `gradient_regularization`.
         mask: The layers to penalize: a prefix pytree of Python bools or a callable from the
             parameters to one, such as `gnp.masks.top_k_layers(grads, k)`.
         direction: As in `gradient_regularization`.
@@ -213,7 +266,28 @@ def layerwise_gradient_regularization(
     if mask is None:
         raise ValueError(
             "layerwise_gradient_regularization needs a mask that names layers, such as "
-            "gnp.masks.top_k_layers(grads, k=4). For all layers: gnp.gradient_regularization."
+            "mask=gnp.masks.by_path('^head') or mask=gnp.masks.top_k_layers(grads, k=4). For all "
+            "layers: gnp.gradient_regularization(r, alpha)."
         )
-    options = _functional.resolve(direction, mask, scope, curvature, perturb_dtype, has_aux)
-    return transformation(r, alpha, options)
+    return gradient_regularization(
+        r,
+        alpha,
+        lam=lam,
+        direction=direction,
+        mask=mask,
+        scope=scope,
+        curvature=curvature,
+        perturb_dtype=perturb_dtype,
+        has_aux=has_aux,
+    )
+
+
+def _weight(
+    rho: optax.ScalarOrSchedule, alpha: optax.ScalarOrSchedule | None
+) -> optax.ScalarOrSchedule:
+    """Check radius and weight by SAM's names for them; the weight is 1 unless another is given."""
+    strength.check_radius("rho", rho)
+    if alpha is None:
+        return 1.0
+    strength.check_weight("alpha", alpha, radius="rho")
+    return alpha

@@ -8,10 +8,21 @@ import numpy as np
 import optax
 
 from gnp_optax import _functional
-from gnp_optax._core import checks, losses, mixing, numerics, perturbation, report, selection
-from gnp_optax._core.options import Curvature, Options, Scope
+from gnp_optax._core import (
+    checks,
+    losses,
+    mixing,
+    numerics,
+    perturbation,
+    report,
+    selection,
+    strength,
+)
+from gnp_optax._core.options import Curvature, Scope
 from gnp_optax._core.perturbation import Arrays, Gradient
 from gnp_optax._core.selection import Mask
+
+PyTree = Any
 
 
 class GradientRegularizationState(NamedTuple):
@@ -33,7 +44,7 @@ class GradientRegularizationState(NamedTuple):
     """
 
     step: jax.Array
-    direction_state: optax.OptState
+    direction_state: PyTree
     grad_norm: jax.Array
     perturbation_norm: jax.Array
     perturbed_loss: jax.Array
@@ -47,8 +58,9 @@ GradientRegularizationState.__module__ = "gnp_optax"
 
 def gradient_regularization(
     r: optax.ScalarOrSchedule,
-    alpha: optax.ScalarOrSchedule,
+    alpha: optax.ScalarOrSchedule | None = None,
     *,
+    lam: optax.ScalarOrSchedule | None = None,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: Scope = "all",
@@ -82,6 +94,9 @@ def gradient_regularization(
         r: Radius of the perturbation, in the units of the parameters; a number or a schedule of
             this transformation's own step count. Not negative.
         alpha: Weight of the perturbed gradient, `lambda / r`; a number or a schedule. Not negative.
+        lam: The weight of the penalty, lambda, in place of alpha: `alpha = lam / r` at every step,
+            and 0 where r is 0. A number or a schedule. With `r_warmup` it stays, and alpha is large
+            while r is small; for a lambda that grows with r give alpha.
         direction: From the gradient to the ascent direction d in `eps = r * d`; default
             `gnp.directions.normalized()`.
         mask: Which leaves are perturbed: `None` (all), a prefix pytree of Python bools, or a
@@ -105,10 +120,11 @@ def gradient_regularization(
 
     Raises:
         TypeError: From `update`, if `value_fn` is missing or does not return a real scalar; if an
-            argument is of the wrong type.
-        ValueError: If a number is negative; if the mask selects nothing or does not fit the
-            parameters; if a wrapper such as `optax.masked` has taken parameters away, or
-            `optax.MultiSteps` is wrapped around.
+            argument is of the wrong type, a schedule of the other number among them; if both alpha
+            and lam are given, or neither.
+        ValueError: If a number is negative; if the mask or the gradient does not fit the
+            parameters, or the mask selects nothing; if a wrapper such as `optax.masked` has taken
+            parameters away, or `optax.MultiSteps` is wrapped around.
 
     Example:
         >>> loss = lambda x: jnp.sum(x**2) / 2           # its gradient is x, its Hessian 1
@@ -128,15 +144,8 @@ def gradient_regularization(
     options = _functional.resolve(
         direction, mask, scope, curvature, perturb_dtype, has_aux, surrogate_gap
     )
-    return transformation(r, alpha, options)
-
-
-def transformation(
-    r: optax.ScalarOrSchedule, alpha: optax.ScalarOrSchedule, options: Options
-) -> optax.GradientTransformationExtraArgs:
-    """Return the transformation that `gradient_regularization` returns."""
-    checks.check_scalar_or_schedule("r", r)
-    checks.check_scalar_or_schedule("alpha", alpha)
+    strength.check_radius("r", r)
+    alpha = strength.weight(r, alpha, lam)
     ascent = optax.with_extra_args_support(options.direction)
 
     def init_fn(params: optax.Params) -> GradientRegularizationState:
@@ -151,7 +160,6 @@ def transformation(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
-        *,
         value_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GradientRegularizationState]:
@@ -159,7 +167,8 @@ def transformation(
         loss_fn = losses.closure(value_fn, extra_args, options.has_aux)
         parts = selection.Parts(options.mask, params)
         g, point = parts.divide(updates), parts.divide(params)
-        radius, weight = _at("r", r, state.step), _at("alpha", alpha, state.step)
+        radius = strength.at("r", r, state.step)
+        weight = strength.at("alpha", alpha, state.step)
 
         def loss(perturbed: Arrays, unperturbed: Arrays) -> tuple[jax.Array, Any]:
             return loss_fn(parts.unite(perturbed, unperturbed))
@@ -202,17 +211,10 @@ def _checked(state: Any, params: Any) -> GradientRegularizationState:
     if not isinstance(state, GradientRegularizationState):
         raise TypeError(
             f"The optimizer state has {type(state).__name__} where GradientRegularizationState "
-            f"should be. A checkpoint has to be restored into the structure of tx.init(params)."
+            f"should be. The order is tx.update(grads, opt_state, params, value_fn=loss_fn). A "
+            f"checkpoint has to be restored into the structure of tx.init(params)."
         )
     return state
-
-
-def _at(name: str, value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
-    if not callable(value):
-        return value
-    scheduled = value(step)
-    checks.check_scalar(f"{name}(step)", scheduled)
-    return scheduled
 
 
 def _zero(g: Any, w: Any) -> jax.Array:

@@ -20,8 +20,9 @@ PyTree = Any
 def value_and_grad(
     fun: Callable[..., Any],
     r: jax.typing.ArrayLike,
-    alpha: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike | None = None,
     *,
+    lam: jax.typing.ArrayLike | None = None,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: Scope = "all",
@@ -41,6 +42,7 @@ def value_and_grad(
         fun: Loss `fun(model, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
         r: As in `gnp_optax.value_and_grad`.
         alpha: As in `gnp_optax.value_and_grad`.
+        lam: As in `gnp_optax.value_and_grad`.
         direction: As in `gnp_optax.value_and_grad`.
         mask: As in `gnp_optax.value_and_grad`: a mask of `gnp_optax.masks`, or a model of bools, as
             `eqx.tree_at` makes one for `eqx.partition`.
@@ -74,7 +76,7 @@ def value_and_grad(
     def of_params(params: PyTree, loss: Callable[[PyTree], Any]) -> Any:
         return loss(params)
 
-    gradient = _functional.regularized(of_params, r, alpha, options, return_report)
+    gradient = _functional.regularized(of_params, r, alpha, options, lam, return_report)
 
     @functools.wraps(fun)
     def value_and_grad_fn(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

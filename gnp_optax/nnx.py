@@ -20,8 +20,9 @@ PyTree = Any
 def value_and_grad(
     fun: Callable[..., Any],
     r: jax.typing.ArrayLike,
-    alpha: jax.typing.ArrayLike,
+    alpha: jax.typing.ArrayLike | None = None,
     *,
+    lam: jax.typing.ArrayLike | None = None,
     direction: optax.GradientTransformation | None = None,
     mask: Mask = None,
     scope: Scope = "all",
@@ -44,6 +45,7 @@ def value_and_grad(
         fun: Loss `fun(model, *args, **kwargs)`, a real scalar, or `(loss, aux)` with `has_aux`.
         r: As in `gnp_optax.value_and_grad`.
         alpha: As in `gnp_optax.value_and_grad`.
+        lam: As in `gnp_optax.value_and_grad`.
         direction: As in `gnp_optax.value_and_grad`.
         mask: As in `gnp_optax.value_and_grad`. A prefix pytree must be an `nnx.State`; the masks of
             `gnp_optax.masks` fit as they are.
@@ -83,7 +85,7 @@ def value_and_grad(
         value, aux = loss(model, *args, **kwargs)
         return value, (aux, call.others(called))
 
-    gradient = _functional.regularized(of_params, r, alpha, options, return_report)
+    gradient = _functional.regularized(of_params, r, alpha, options, lam, return_report)
 
     @functools.wraps(fun)
     def value_and_grad_fn(model: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -1,19 +1,23 @@
 """Schedules for the radius r and the weight alpha: the three warmups, and every k-th step.
 
 They are Optax schedules: functions from the step count to a number. Give them to
-`gradient_regularization`, or call them with your own step count for `value_and_grad`.
+`gradient_regularization`, or call them with your own step count for `value_and_grad`. Each knows
+whether it is of the radius or of the weight, so that one in the other's place is an error, and
+prints as it was written. Those of the weight serve alpha and lambda alike: `alpha=zero_warmup(...)`
+or `lam=zero_warmup(...)`.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gnp_optax._core import checks
+from gnp_optax._core import checks, strength
+from gnp_optax._core.strength import Schedule
 
 __all__ = ["every", "lambda_warmup", "r_warmup", "zero_warmup"]
 
 
-def r_warmup(r: float, warmup_steps: int) -> optax.Schedule:
+def r_warmup(r: float, warmup_steps: float) -> optax.Schedule:
     """Grow the radius linearly from 0 during warmup.
 
     `r_t = r * min(1, t / warmup_steps)`, with alpha held: `lambda_t = alpha * r_t` grows alike.
@@ -27,6 +31,7 @@ def r_warmup(r: float, warmup_steps: int) -> optax.Schedule:
         A schedule for the `r` of `gradient_regularization`.
 
     Raises:
+        TypeError: If `warmup_steps` is not a whole number.
         ValueError: If `r` or `warmup_steps` is negative.
 
     Example:
@@ -37,10 +42,12 @@ def r_warmup(r: float, warmup_steps: int) -> optax.Schedule:
     References:
         Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, r-warmup.
     """
-    return _linear("r", r, warmup_steps)
+    checks.check_scalar("r", r)
+    steps = _steps(warmup_steps)
+    return Schedule("radius", f"r_warmup({r!r}, {steps})", _linear(r, steps))
 
 
-def lambda_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
+def lambda_warmup(alpha: float, warmup_steps: float) -> optax.Schedule:
     """Grow the weight of the penalty linearly from 0 during warmup.
 
     `alpha_t = alpha * min(1, t / warmup_steps)`, with r held, so `lambda_t = alpha_t * r` grows
@@ -54,6 +61,7 @@ def lambda_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
         A schedule for the `alpha` of `gradient_regularization`.
 
     Raises:
+        TypeError: If `warmup_steps` is not a whole number.
         ValueError: If `alpha` or `warmup_steps` is negative.
 
     Example:
@@ -64,10 +72,12 @@ def lambda_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
     References:
         Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, lambda-warmup.
     """
-    return _linear("alpha", alpha, warmup_steps)
+    checks.check_scalar("alpha", alpha)
+    steps = _steps(warmup_steps)
+    return Schedule("weight", f"lambda_warmup({alpha!r}, {steps})", _linear(alpha, steps))
 
 
-def zero_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
+def zero_warmup(alpha: float, warmup_steps: float) -> optax.Schedule:
     """Switch regularization on only after warmup.
 
     `alpha_t = 0` for `t < warmup_steps` and `alpha` afterwards: during warmup the second gradient
@@ -81,6 +91,7 @@ def zero_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
         A schedule for the `alpha` of `gradient_regularization`.
 
     Raises:
+        TypeError: If `warmup_steps` is not a whole number.
         ValueError: If `alpha` or `warmup_steps` is negative.
 
     Example:
@@ -91,13 +102,15 @@ def zero_warmup(alpha: float, warmup_steps: int) -> optax.Schedule:
     References:
         Zhao et al., "When Will Gradient Regularization Be Harmful?", ICML 2024, zero-warmup.
     """
-    _check_warmup("alpha", alpha, warmup_steps)
-    return optax.join_schedules(
-        [optax.constant_schedule(0.0), optax.constant_schedule(alpha)], [warmup_steps]
+    checks.check_scalar("alpha", alpha)
+    steps = _steps(warmup_steps)
+    schedule = optax.join_schedules(
+        [optax.constant_schedule(0.0), optax.constant_schedule(alpha)], [steps]
     )
+    return Schedule("weight", f"zero_warmup({alpha!r}, {steps})", schedule)
 
 
-def every(k: int, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
+def every(k: float, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
     """Regularize every k-th step only.
 
     `alpha_t = alpha` for `t = 0, k, 2k, ...` and 0 between, where the second gradient is not
@@ -112,35 +125,53 @@ def every(k: int, alpha: optax.ScalarOrSchedule) -> optax.Schedule:
         A schedule for the `alpha` of `gradient_regularization`.
 
     Raises:
-        TypeError: If `k` is not an integer.
+        TypeError: If `k` is not an integer, or `alpha` a schedule of the radius.
         ValueError: If `k < 1` or `alpha` is negative.
 
     Example:
         >>> schedule = every(3, 0.5)
         >>> [float(schedule(step)) for step in range(5)]
         [0.5, 0.0, 0.0, 0.5, 0.0]
+        >>> schedule
+        every(3, 0.5)
     """
+    k = _whole(k)
+    if isinstance(k, float):
+        raise TypeError(
+            f"k must be an integer, got {k!r}. The weight comes second: every(2, {k!r})."
+        )
     checks.check_integer("k", k, at_least=1)
-    checks.check_scalar_or_schedule("alpha", alpha)
+    strength.check_weight("alpha", alpha)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         alpha_now = alpha(step) if callable(alpha) else alpha
         return jnp.where(jnp.asarray(step) % k == 0, alpha_now, 0.0)
 
-    return schedule
+    return Schedule("weight", f"every({k}, {alpha!r})", schedule)
 
 
-def _linear(name: str, value: float, warmup_steps: int) -> optax.Schedule:
-    _check_warmup(name, value, warmup_steps)
+def _linear(value: float, warmup_steps: int) -> optax.Schedule:
     # Optax's linear schedule of length 0 stays at its initial value, which here would be 0.
     if warmup_steps == 0:
         return optax.constant_schedule(value)
     return optax.linear_schedule(0.0, value, warmup_steps)
 
 
-def _check_warmup(name: str, value: float, warmup_steps: int) -> None:
-    checks.check_scalar(name, value)
-    checks.check_integer("warmup_steps", warmup_steps, at_least=0)
+def _steps(warmup_steps: float) -> int:
+    steps = _whole(warmup_steps)
+    if isinstance(steps, float):
+        of_all = "" if steps > 1 else " * total_steps"
+        raise TypeError(
+            f"warmup_steps must be an integer, the number of optimizer steps, got {steps!r}. Write "
+            f"warmup_steps=round({steps!r}{of_all})."
+        )
+    checks.check_integer("warmup_steps", steps, at_least=0)
+    return steps
+
+
+def _whole(number: float) -> float:
+    """Return 1e3 as 1000, and everything else as it is."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def __dir__() -> list[str]:

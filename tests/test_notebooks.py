@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tomllib
 from pathlib import Path
 
 import nbclient
@@ -10,6 +11,8 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PROJECT = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+ADDRESS = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
 
 
 def execute_module():
@@ -44,8 +47,8 @@ def test_notebook_runs(path, tmp_path):
 def test_notebook_opens_in_colab(path):
     notebook = nbformat.read(path, as_version=4)
     first, second = notebook.cells[:2]
-    assert f"notebooks/{path.name}" in first.source
-    assert "colab.research.google.com" in first.source
+    repository = f"github/{ADDRESS}/blob/main/notebooks/{path.name}"
+    assert f"https://colab.research.google.com/{repository}" in first.source
     assert 'if "google.colab" in sys.modules' in second.source
     assert sum(cell.cell_type == "code" for cell in notebook.cells) <= 10
 

@@ -144,25 +144,31 @@ for name, (extra, needed) in gnp._EXTRAS.items():
 
 PUBLIC = {
     "gradient_regularization": (
-        "(r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=None, has_aux=False)"
+        "(r, alpha=None, *, lam=None, direction=None, mask=None, scope='all', "
+        "curvature='finite_difference', perturb_dtype=None, surrogate_gap=None, has_aux=False)"
     ),
     "canonical_convolutions": "(fun)",
     "gsam": (
-        "(rho, surrogate_gap, *, direction=None, mask=None, scope='all', perturb_dtype=None, "
-        "has_aux=False)"
+        "(rho, surrogate_gap, *, alpha=None, direction=None, mask=None, scope='all', "
+        "perturb_dtype=None, has_aux=False)"
     ),
     "momentum_sam": "(rho, decay=0.9, *, mask=None)",
     "perturbed": "(params, opt_state, *, perturb_dtype=None)",
-    "sam": "(rho, *, direction=None, mask=None, scope='all', perturb_dtype=None, has_aux=False)",
-    "asam": "(rho, eta=0.01, *, mask=None, scope='all', perturb_dtype=None, has_aux=False)",
+    "sam": (
+        "(rho, alpha=None, *, direction=None, mask=None, scope='all', perturb_dtype=None, "
+        "has_aux=False)"
+    ),
+    "asam": (
+        "(rho, eta=0.01, *, alpha=None, mask=None, scope='all', perturb_dtype=None, has_aux=False)"
+    ),
     "layerwise_gradient_regularization": (
-        "(r, alpha, mask, *, direction=None, scope='masked', curvature='finite_difference', "
-        "perturb_dtype=None, has_aux=False)"
+        "(r, alpha=None, mask=None, *, lam=None, direction=None, scope='masked', "
+        "curvature='finite_difference', perturb_dtype=None, has_aux=False)"
     ),
     "value_and_grad": (
-        "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=None, has_aux=False, return_report=False)"
+        "(fun, r, alpha=None, *, lam=None, direction=None, mask=None, scope='all', "
+        "curvature='finite_difference', perturb_dtype=None, surrogate_gap=None, has_aux=False, "
+        "return_report=False)"
     ),
     "report_as_dict": "(opt_state_or_report, prefix='sam/')",
     "schedules.r_warmup": "(r, warmup_steps)",
@@ -232,14 +238,16 @@ PUBLIC = {
     ),
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
-        "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=None, has_aux=False, return_report=False, wrt=Param)"
+        "(fun, r, alpha=None, *, lam=None, direction=None, mask=None, scope='all', "
+        "curvature='finite_difference', perturb_dtype=None, surrogate_gap=None, has_aux=False, "
+        "return_report=False, wrt=Param)"
     ),
     "nnx.value_fn": "(loss, model, /, *args, wrt=Param, **kwargs)",
     "nnx.perturbed": "(model, optimizer, *, perturb_dtype=None)",
     "equinox.value_and_grad": (
-        "(fun, r, alpha, *, direction=None, mask=None, scope='all', curvature='finite_difference', "
-        "perturb_dtype=None, surrogate_gap=None, has_aux=False, return_report=False)"
+        "(fun, r, alpha=None, *, lam=None, direction=None, mask=None, scope='all', "
+        "curvature='finite_difference', perturb_dtype=None, surrogate_gap=None, has_aux=False, "
+        "return_report=False)"
     ),
     "equinox.value_fn": "(loss, model, /, *args, **kwargs)",
     "equinox.perturbed": "(model, opt_state, *, perturb_dtype=None)",

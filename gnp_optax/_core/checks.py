@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import reprlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,11 @@ def check_scalar(name: str, value: Any) -> None:
 
     A negative or non-finite value can only be seen where the number is known, not under `jit`.
     """
+    if isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} is a number, but it is given a gradient transformation. The optimizer follows "
+            f"in the chain: optax.chain(gnp.sam(rho=0.1), optimizer)."
+        )
     is_array = hasattr(value, "dtype") and hasattr(value, "shape")
     if is_array:
         is_number = value.shape == () and jnp.issubdtype(value.dtype, jnp.number)
@@ -25,7 +31,7 @@ def check_scalar(name: str, value: Any) -> None:
     else:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number:
-        raise TypeError(f"{name} must be a real scalar, got {value!r}.")
+        raise TypeError(f"{name} must be a real scalar, such as 0.1, got {reprlib.repr(value)}.")
     if not isinstance(value, jax.core.Tracer) and not 0 <= float(value) < float("inf"):
         raise ValueError(f"{name} must be finite and not negative, got {float(value)!r}.")
 

@@ -12,12 +12,21 @@ from jax.extend import core
 from gnp_optax._core import checks
 
 PyTree = Any
+_Parameter = inspect.Parameter
+_NAMED = (_Parameter.POSITIONAL_OR_KEYWORD, _Parameter.KEYWORD_ONLY)
+_VARIADIC = (_Parameter.VAR_POSITIONAL, _Parameter.VAR_KEYWORD)
 # From the parameters to the scalar loss and whatever else it returned.
 Loss = Callable[[PyTree], tuple[jax.Array, Any]]
 
 
 def with_aux(fun: Callable[..., Any], has_aux: bool) -> Callable[..., tuple[jax.Array, Any]]:
     """Return `fun` in the form `(value, aux)`, raising unless the value is a real scalar."""
+    if not callable(fun):
+        raise TypeError(
+            f"The loss must be a function of the parameters, got {_kind(fun)}. Pass the function, "
+            f"and its arguments to what is returned: "
+            f"gnp.value_and_grad(loss_fn, r=0.1, alpha=1.0)(params, x, y)."
+        )
 
     def loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         out = fun(*args, **kwargs)
@@ -111,14 +120,17 @@ def closure(
         raise TypeError(
             "Gradient regularization needs the loss: tx.update(grads, opt_state, params, "
             "value_fn=loss_fn), where loss_fn(params) is the loss on this batch. If you passed "
-            "value_fn, a wrapper dropped it: optax.lookahead, an optax.GradientTransformation made "
-            "by hand, and optax.MultiSteps inside a chain hand on no extra args. Put the "
-            "regularization outside: optax.chain(gnp.gradient_regularization(r, alpha), wrapped)."
+            "value_fn, it was dropped on the way. Flax's own TrainState does so: take "
+            "gnp_optax.linen.TrainState. So do optax.lookahead, an optax.GradientTransformation "
+            "made by hand, and optax.MultiSteps inside a chain. Put the regularization outside: "
+            "optax.chain(gnp.gradient_regularization(r, alpha), wrapped)."
         )
     if not callable(value_fn):
-        raise TypeError(f"value_fn must be a function of the parameters, got {_kind(value_fn)}.")
-    named = _keywords(value_fn)
-    kwargs = {name: value for name, value in extra_args.items() if name in named}
+        raise TypeError(
+            f"value_fn must be a function of the parameters, got {_kind(value_fn)}. Pass the loss, "
+            f"not its value: value_fn=lambda params: loss_fn(params, x, y)."
+        )
+    kwargs = _kwargs(value_fn, extra_args)
     loss = with_aux(value_fn, has_aux)
 
     def of_params(params: PyTree) -> tuple[jax.Array, Any]:
@@ -144,21 +156,38 @@ def closure(
     return of_params
 
 
-def _keywords(fun: Callable[..., Any]) -> set[str]:
+def _kwargs(fun: Callable[..., Any], extra_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the extra args that `fun` names, or raise unless they are all that it needs."""
     try:
         parameters = list(inspect.signature(fun).parameters.values())
     except (TypeError, ValueError):  # a builtin without a signature
-        return set()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    by_position = parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
-    return {p.name for p in parameters[1 if by_position else 0 :] if p.kind in kinds}
+        return {}
+    if not parameters or parameters[0].kind in (_Parameter.KEYWORD_ONLY, _Parameter.VAR_KEYWORD):
+        raise TypeError(
+            "value_fn must take the parameters first: "
+            "value_fn=lambda params: loss_fn(params, x, y)."
+        )
+    named = [p for p in parameters[1:] if p.kind in _NAMED]
+    kwargs = {p.name: extra_args[p.name] for p in named if p.name in extra_args}
+    needed = [p for p in parameters[1:] if p.default is p.empty and p.kind not in _VARIADIC]
+    missing = [p.name for p in needed if p.name not in kwargs]
+    if missing:
+        names = [p.name for p in needed]
+        by_name = ", ".join(f"{name}={name}" for name in names)
+        raise TypeError(
+            f"value_fn needs {', '.join(map(repr, missing))} beside the parameters. Close over the "
+            f"batch, value_fn=lambda params: loss_fn(params, {', '.join(names)}), or pass it by "
+            f"name: tx.update(grads, opt_state, params, value_fn=loss_fn, {by_name})."
+        )
+    return kwargs
 
 
 def _check_scalar(value: Any, has_aux: bool) -> None:
     if isinstance(value, tuple) and not has_aux:
         raise TypeError(
             f"The loss must return a scalar, but it returned {_kind(value)}. If that is "
-            f"(loss, aux), say so: has_aux=True."
+            f"(loss, aux), say so: has_aux=True. If it is (loss, gradient), of "
+            f"jax.value_and_grad(loss_fn), pass loss_fn."
         )
     if not isinstance(value, (int, float, complex, np.generic, np.ndarray, jax.Array)):
         raise TypeError(f"The loss must return a scalar, but it returned {_kind(value)}.")

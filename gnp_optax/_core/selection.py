@@ -61,9 +61,10 @@ def selected_leaves(mask: Mask, params: PyTree) -> list[bool | np.ndarray]:
     if not any(differentiable):
         raise ValueError("None of the parameters is floating point or complex.")
     if not any(np.any(s) for s in selected):
+        names = list(paths.leaf_paths(params))
         raise ValueError(
             f"The mask {mask!r} selects none of the parameters. Their paths are "
-            f"{checks.listed(paths.leaf_paths(params))}."
+            f"{checks.listed(names)}: mask=gnp.masks.by_path({names[-1]!r}), say."
         )
     return selected
 
@@ -119,6 +120,11 @@ def _check_bools(prefix: PyTree) -> None:
         is_bools = isinstance(leaf, np.ndarray) and leaf.dtype == bool
         is_bools = is_bools and all(length == 1 for length in leaf.shape[:-1])
         if not isinstance(leaf, (bool, np.bool_)) and not is_bools:
+            if isinstance(leaf, str):
+                raise TypeError(
+                    f"A mask must be made of bools, but this one has the leaf {leaf!r}. To select "
+                    f"by name write mask=gnp.masks.by_path({leaf!r})."
+                )
             kind = "is traced" if isinstance(leaf, jax.core.Tracer) else f"has the leaf {leaf!r}"
             raise TypeError(
                 f"A mask must be made of Python bools, but this one {kind}. Which leaves are "
@@ -129,15 +135,34 @@ def _check_bools(prefix: PyTree) -> None:
             )
 
 
-def leaves_like(treedef: Any, gradient: PyTree) -> list[Any]:
+def leaves_like(params: PyTree, gradient: PyTree) -> list[Any]:
     """Return what a gradient has in the places of the leaves of the parameters."""
+    leaves: list[Any]
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(params)
     try:
         found: list[Any] = treedef.flatten_up_to(gradient)
     except ValueError as error:
         raise ValueError(
             f"The gradient has another structure than the parameters. Gradient: "
-            f"{jax.tree.structure(gradient)}. Parameters: {treedef}."
+            f"{jax.tree.structure(gradient)}. Parameters: {treedef}. It comes second: "
+            f"value, grads = jax.value_and_grad(loss_fn)(params)."
         ) from error
+    shapes = [
+        (getattr(g, "shape", jnp.shape(w)), jnp.shape(w))
+        for g, w in zip(found, leaves, strict=True)
+    ]
+    for i, (shape, own) in enumerate(shapes):
+        if shape != own:
+            advice = (
+                "Of one for each example take the mean: jax.tree.map(lambda g: g.mean(0), grads)."
+                if shape[1:] == own
+                else "Pass that of the loss at these parameters: grads = jax.grad(loss_fn)(params)."
+            )
+            raise ValueError(
+                f"The gradient has the shape {shape} where the parameter "
+                f"{paths.leaf_paths(params)[i]!r} has {own}. {advice}"
+            )
     return found
 
 
@@ -149,13 +174,13 @@ class Parts:
     """
 
     def __init__(self, mask: Mask, params: PyTree) -> None:
-        self._treedef: Any = jax.tree.structure(params)
+        self._params = params
         selected = selected_leaves(mask, params)
         self._runs = [_runs(s) for s in selected]
 
     def divide(self, tree: PyTree) -> tuple[Arrays, Arrays]:
         """Return the perturbed and the unperturbed arrays of a tree like the parameters."""
-        leaves = leaves_like(self._treedef, tree)
+        leaves = leaves_like(self._params, tree)
         parts: tuple[Arrays, Arrays] = ([], [])
         for leaf, runs in zip(leaves, self._runs, strict=True):
             for selected, layers in runs:
@@ -174,7 +199,7 @@ class Parts:
             (_, layers), *_ = runs
             axis = 0 if layers is None else len(layers) - 1
             leaves.append(pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis))
-        return jax.tree.unflatten(self._treedef, leaves)
+        return jax.tree.unflatten(jax.tree.structure(self._params), leaves)
 
     def each_selected(self, of_leaves: Arrays) -> Arrays:
         """Return, for each perturbed array of `divide`, what is given for its leaf."""

@@ -1,4 +1,4 @@
-"""Misuse: every message says what is wrong and what to write instead."""
+"""Misuse: every message says what is wrong; the calls of a new user are in test_wrong_calls."""
 
 import functools
 import gc
@@ -99,11 +99,6 @@ CASES = {
         lambda: optax.masked(gnp.momentum_sam(0.1), {"body": True, "head": False}).init(PARAMS),
         ValueError,
         "optax.MaskedNode",
-    ),
-    "perturbed_none": (
-        lambda: gnp.perturbed(PARAMS, optax.adam(1e-3).init(PARAMS)),
-        ValueError,
-        r"optax.chain\(gnp.momentum_sam\(rho=0.1\), optax.adamw\(1e-3\)\)",
     ),
     "perturbed_two": (
         lambda: gnp.perturbed(
@@ -206,11 +201,6 @@ CASES = {
         "needs a budget",
     ),
     # Wrappers in the wrong place.
-    "masked": (
-        by_sam(lambda t: optax.masked(t, {"body": True, "head": False})),
-        ValueError,
-        "mask=",
-    ),
     "multi_transform": (
         by_sam(
             lambda t: optax.multi_transform(
@@ -241,11 +231,6 @@ CASES = {
         ValueError,
         r"static_args=\('mask',\)",
     ),
-    "inject_hyperparams, mask of ours": (
-        lambda: inject(r=0.1, alpha=0.5, mask=HEAD).init(PARAMS),
-        ValueError,
-        r"static_args=\('mask',\)",
-    ),
     "inject_hyperparams, matrices": (
         lambda: inject(r=0.1, alpha=0.5, mask=gnp.masks.matrices()).init(PARAMS),
         ValueError,
@@ -267,11 +252,6 @@ CASES = {
         lambda: gr().init({"count": jnp.array(1)}),
         ValueError,
         "None of the parameters is floating point",
-    ),
-    "MultiSteps around": (
-        by_sam(lambda t: optax.MultiSteps(optax.chain(t, optax.sgd(0.1)), 2)),
-        ValueError,
-        r"optax.MultiSteps is wrapped around.*accumulate\(loss_fn, k\)",
     ),
     "MultiSteps around, as a transformation": (
         by_sam(lambda t: optax.MultiSteps(t, 2).gradient_transformation()),
@@ -332,11 +312,6 @@ CASES = {
         TypeError,
         r"shape \(2,\)",
     ),
-    "m_sharpness: of a loss": (
-        lambda: gnp.batching.m_sharpness(batch_loss, 2)(PARAMS, jnp.ones((4, 2))),
-        TypeError,
-        r"m_sharpness\(gnp.value_and_grad\(loss_fn, r, alpha\), m\)",
-    ),
     "m_sharpness: m does not divide the batch": (
         lambda: grouped(3)(PARAMS, jnp.ones((4, 2))),
         ValueError,
@@ -375,17 +350,6 @@ CASES = {
         "would have no effect",
     ),
     # The loss.
-    "no value_fn": (lambda: update(gnp.sam(0.1)), TypeError, r"value_fn=loss_fn"),
-    "value_fn is no function": (
-        lambda: update(gnp.sam(0.1), value_fn=jnp.ones(())),
-        TypeError,
-        "must be a function of the parameters",
-    ),
-    "no params": (
-        lambda: gnp.sam(0.1).update(PARAMS, gnp.sam(0.1).init(PARAMS), value_fn=loss),
-        ValueError,
-        r"tx.update\(grads, opt_state, params, value_fn=loss_fn\)",
-    ),
     "loss per example": (
         lambda: update(gnp.sam(0.1), value_fn=lambda p: p["head"] ** 2),
         TypeError,
@@ -395,11 +359,6 @@ CASES = {
         lambda: update(gnp.sam(0.1), value_fn=lambda p: loss(p)[None]),
         TypeError,
         r"shape \(1,\)",
-    ),
-    "aux without has_aux": (
-        lambda: update(gnp.sam(0.1), value_fn=lambda p: (loss(p), p)),
-        TypeError,
-        "has_aux=True",
     ),
     "has_aux without aux": (
         lambda: update(gnp.sam(0.1, has_aux=True), value_fn=loss),
@@ -444,7 +403,6 @@ CASES = {
         ValueError,
         "selects none",
     ),
-    "mask=True": (lambda: gr(mask=True), ValueError, "write mask=None"),
     "mask=False": (lambda: gr(mask=False), ValueError, "inject_hyperparams"),
     "array mask": (
         lambda: gr(mask={"body": jnp.ones(2), "head": True}),
@@ -465,12 +423,6 @@ CASES = {
         lambda: gr(mask={"body": {"w": True}}).init(_frozen()),
         ValueError,
         "no prefix of the parameters.*by_path",
-    ),
-    "mask of strings": (lambda: gr(mask={"body": "yes"}), TypeError, "'yes'"),
-    "layerwise without mask": (
-        lambda: gnp.layerwise_gradient_regularization(0.1, 0.5, None),
-        ValueError,
-        "top_k_layers",
     ),
     "broken regex": (lambda: gnp.masks.by_path("("), ValueError, "no regular expression"),
     "regex of another type": (lambda: gnp.masks.by_path(3), ValueError, "no regular expression"),
@@ -514,23 +466,12 @@ CASES = {
         r"r\(step\)",
     ),
     "core: negative r": (lambda: core(-0.1, 0.5), ValueError, "r must be finite"),
-    "core: a schedule": (
-        lambda: core(gnp.schedules.r_warmup(0.1, 5), 0.5),
-        TypeError,
-        r"r=schedule\(step\)",
-    ),
     "negative eta": (lambda: gnp.asam(0.5, eta=-1.0), ValueError, "eta"),
     "negative warmup": (lambda: gnp.schedules.zero_warmup(0.5, -1), ValueError, "warmup_steps"),
-    "fractional warmup": (lambda: gnp.schedules.r_warmup(0.5, 1.5), TypeError, "integer"),
     "negative r in a warmup": (lambda: gnp.schedules.r_warmup(-0.5, 1), ValueError, "r must be"),
     "every 0 steps": (lambda: gnp.schedules.every(0, 0.5), ValueError, "at least 1"),
     # The rest.
     "unknown scope": (lambda: gr(scope="some"), ValueError, "'all'.*'masked'"),
-    "direction without parentheses": (
-        lambda: gr(direction=gnp.directions.normalized),
-        TypeError,
-        "with parentheses",
-    ),
     "core: direction with state": (
         lambda: core(direction=optax.trace(0.9)),
         ValueError,
