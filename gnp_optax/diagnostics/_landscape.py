@@ -11,6 +11,7 @@ from gnp_optax._core import numerics, selection
 from gnp_optax._core.mixing import mix
 from gnp_optax._core.perturbation import perturb
 from gnp_optax.diagnostics import _dataset, _layout, _operands
+from gnp_optax.diagnostics._embedding import Embedding
 
 PyTree = Any
 Arrays = list[Any]
@@ -177,7 +178,7 @@ def loss_surface(
     for i, direction in enumerate(directions):
         _operands.check_like(params, f"directions[{i}]", direction)
     x, y = _operands.coordinates("x", x), _operands.coordinates("y", y)
-    points = jnp.stack([axis.ravel() for axis in jnp.meshgrid(x, y)], axis=1)
+    points = jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
     losses = _dataset.measure(
         "loss_surface",
         _losses_at,
@@ -296,10 +297,10 @@ def _filter_normalized(layout: _layout.Layout, key: jax.Array, params: PyTree) -
     """Return a random direction whose filters have the norms of the parameters' filters."""
     parts = _layout.divided(layout, params)
     perturbed, others = parts.divide(params)
-    keys = jax.random.split(key, len(perturbed))
-    triples = zip(keys, perturbed, _layout.shardings_of(layout, parts), strict=True)
-    drawn = [_layout.place(_filters(k, w), sharding) for k, w, sharding in triples]
-    return parts.unite(drawn, [jnp.zeros_like(w) for w in others])
+    embedding = Embedding(perturbed, _layout.shardings_of(layout, parts))
+    drawn = embedding.restore(embedding.random(key, jax.random.normal))
+    filters = [_filters(x, w) for x, w in zip(drawn, perturbed, strict=True)]
+    return parts.unite(filters, [jnp.zeros_like(w) for w in others])
 
 
 def _between(start: jax.Array, end: jax.Array, position: jax.Array) -> jax.Array:
@@ -318,8 +319,8 @@ def _combination(point: jax.Array, axes: Arrays) -> jax.Array:
 
 
 @numerics.promoting
-def _filters(key: jax.Array, w: jax.Array) -> jax.Array:
-    drawn = _dataset.draw(jax.random.normal, key, w)
+def _filters(drawn: jax.Array, w: jax.Array) -> jax.Array:
+    """Return the filters of a random array, as long as those of w."""
     if jnp.ndim(w) < 2:
         return jnp.zeros_like(drawn)
     target, length = (_length(numerics.widen(x)) for x in (w, drawn))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gnp_optax._core import checks, numerics, selection
 from gnp_optax._core.perturbation import perturb
 from gnp_optax.diagnostics import _dataset, _operands
+from gnp_optax.diagnostics._embedding import Embedding
 
 PyTree = Any
 Arrays = list[Any]
@@ -135,7 +136,11 @@ def _ascend_in_ball(
     scales = [_scale(w, eta) for w in losses.perturbed]
 
     def ascent(grads: Arrays) -> Arrays:
-        return _normalized([t * jnp.conj(g) for t, g in zip(scales, grads, strict=True)])
+        scaled = [t * jnp.conj(g) for t, g in zip(scales, grads, strict=True)]
+        length = numerics.norm(scaled)
+        up: Arrays = numerics.divide(scaled, length)
+        # At a critical point there is no way up, but the loss may well grow in all directions.
+        return [jnp.where(length == 0, r, x) for r, x in zip(random, up, strict=True)]
 
     def perturbation(u: Arrays) -> Arrays:
         return [t * x for t, x in zip(scales, u, strict=True)]
@@ -147,30 +152,24 @@ def _ascend_in_ball(
         value, grads = losses.value_and_grad([perturb(w, d, 1.0) for w, d in pairs])
         is_better = (value > largest) | jnp.isnan(value)
         best = [jnp.where(is_better, a, b) for a, b in zip(u, best, strict=True)]
-        return (u, ascent(grads), best, jnp.where(is_better, value, largest)), None
+        return (u, ascent(grads), best, jnp.where(is_better, value, largest)), value
 
-    loss, grads = losses.value_and_grad(losses.perturbed)
-    up = ascent(grads)
-    # At a critical point there is no way up, but the loss may well grow in all directions.
-    is_critical = numerics.norm(up) == 0
-    random = _normalized(losses.random(key, jax.random.normal))
-    up = [jnp.where(is_critical, r, u) for r, u in zip(random, up, strict=True)]
-    zeros = [jnp.zeros_like(x) for x in up]
-    # The first step goes to the boundary; the ones after it get shorter.
+    embedding = Embedding(losses.perturbed, losses.shardings)
+    drawn = embedding.restore(embedding.random(key, jax.random.normal))
+    random: Arrays = numerics.divide(drawn, numerics.norm(drawn))
+    zeros = [jnp.zeros_like(x) for x in random]
+    loss = jax.eval_shape(losses.value, losses.perturbed)
+    lowest = jnp.full([], -jnp.inf, loss.dtype)
+    # The first step stays where it is, the next goes to the boundary, those after it get shorter.
     shorter = step_size * (1 - jnp.arange(1, steps, dtype=step_size.dtype) / steps)
-    lengths = jnp.append(rho, shorter)
-    (_, _, best, largest), _ = jax.lax.scan(step, (zeros, up, zeros, loss), lengths)
-    return loss, largest, losses.filled(perturbation(best))
+    lengths = jnp.concatenate([jnp.stack([jnp.zeros_like(rho), rho]), shorter])
+    (_, _, best, largest), values = jax.lax.scan(step, (zeros, zeros, zeros, lowest), lengths)
+    return values[0], largest, losses.filled(perturbation(best))
 
 
 def _scale(w: jax.Array, eta: jax.Array | None) -> jax.Array:
     real = numerics.real(numerics.wide(w.dtype))
     return jnp.ones([], real) if eta is None else jnp.abs(w).astype(real) + eta.astype(real)
-
-
-def _normalized(arrays: Arrays) -> Arrays:
-    normalized: Arrays = numerics.divide(arrays, numerics.norm(arrays))
-    return normalized
 
 
 def _ahead(u: jax.Array, up: jax.Array, length: jax.Array) -> jax.Array:
