@@ -204,6 +204,10 @@ PUBLIC = {
         "(fun, params, *args, rho, steps=100, step_size=None, eta=None, key=None, mask=None, "
         "batch_size=None, has_aux=False, progress=False)"
     ),
+    "diagnostics.radius_profile": (
+        "(fun, params, *args, radii, direction=None, mask=None, batch_size=None, has_aux=False, "
+        "progress=False)"
+    ),
     "diagnostics.m_sharpness": (
         "(fun, params, *args, rho, m, direction=None, mask=None, has_aux=False, progress=False)"
     ),
@@ -233,6 +237,7 @@ PUBLIC = {
     "plots.band": "(ax, x, values, label, *, style=None)",
     "plots.schedules": "(ax, schedules, steps)",
     "plots.spectrum": ("(ax, spectrum, *, width=None, floor=1e-08, label=None, style=None)"),
+    "plots.radius_profile": "(ax, profile)",
     "plots.loss_line": "(ax, line, *, label=None, style=None)",
     "plots.loss_contour": "(ax, surface, *, levels=8, scale='linear')",
     "plots.loss_surface": "(ax, surface, *, scale='linear')",
