@@ -178,11 +178,7 @@ def perturbed(
 
 def _found(opt_state: PyTree) -> MomentumSAMState:
     """Return the one state of `momentum_sam` inside a state."""
-
-    def is_one(node: Any) -> bool:
-        return isinstance(node, MomentumSAMState)
-
-    states = [node for node in jax.tree.leaves(opt_state, is_leaf=is_one) if is_one(node)]
+    states = [state for _, state in paths.nodes(opt_state, MomentumSAMState)]
     if not states:
         raise ValueError(
             "There is no state of gnp.momentum_sam in this optimizer state. Put it first in the "

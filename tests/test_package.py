@@ -216,6 +216,7 @@ PUBLIC = {
     ),
     "diagnostics.norms_by_layer": "(grads)",
     "diagnostics.check_perturbed": "(step, *args, **kwargs)",
+    "diagnostics.check_step": "(tx, loss_fn, params, *batch, opt_state=None, has_aux=False)",
     "diagnostics.adaptive_statistics": "(opt_state, *, b2=0.999, eps=1e-08)",
     "diagnostics.random_direction": "(key, params, *, mask=None)",
     "diagnostics.loss_along": (

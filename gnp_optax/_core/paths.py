@@ -1,11 +1,12 @@
 """Names of leaves, the same for every library's parameter trees."""
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 PyTree = Any
+Node = TypeVar("Node")
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -25,6 +26,16 @@ def leaf_paths(tree: PyTree) -> list[str]:
 def layer_of(path: str) -> str:
     """Return the path of the module that owns a leaf; `""` is the outermost module."""
     return path.rpartition("/")[0]
+
+
+def nodes(tree: PyTree, kind: type[Node]) -> list[tuple[tuple[Any, ...], Node]]:
+    """Return every node of one kind, as `optax.chain` has states, with the keys to get there."""
+
+    def is_one(node: object) -> bool:
+        return isinstance(node, kind)
+
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_one)
+    return [(path, node) for path, node in found if is_one(node)]
 
 
 def _join(path: tuple[Any, ...]) -> str:

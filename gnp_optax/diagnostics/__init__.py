@@ -15,8 +15,10 @@ sharded, and the masks of `gnp.masks`:
     spectrum = gnp.diagnostics.hessian_spectrum(loss_fn, params, x, y, key=key, batch_size=256)
     density = gnp.diagnostics.spectral_density(spectrum, grid=jnp.linspace(-1, 30, 500), width=0.1)
 
-    # Which radius to take: what each would do.
-    profile = gnp.diagnostics.radius_profile(loss_fn, params, x, y, radii=jnp.geomspace(1e-3, 1, 13))
+    # Whether a step does what it is meant to, and what each radius would do.
+    print(gnp.diagnostics.check_step(tx, loss_fn, params, x, y))
+    radii = jnp.geomspace(1e-3, 1, 13)
+    profile = gnp.diagnostics.radius_profile(loss_fn, params, x, y, radii=radii)
 
     # How much the loss grows within a distance, as SAM and ASAM see it, and at the worst.
     step = gnp.diagnostics.sharpness(loss_fn, params, x, y, rho=0.05)
@@ -58,6 +60,7 @@ from gnp_optax.diagnostics._perturbed import check_perturbed
 from gnp_optax.diagnostics._radius import RadiusProfile, radius_profile
 from gnp_optax.diagnostics._sharpness import MSharpness, Sharpness, m_sharpness, sharpness
 from gnp_optax.diagnostics._spectrum import Spectrum, hessian_spectrum, spectral_density
+from gnp_optax.diagnostics._step import StepCheck, check_step
 from gnp_optax.diagnostics._worst_case import WorstCase, worst_case_sharpness
 
 __all__ = [
@@ -69,11 +72,13 @@ __all__ = [
     "RadiusProfile",
     "Sharpness",
     "Spectrum",
+    "StepCheck",
     "Surface",
     "TraceEstimate",
     "WorstCase",
     "adaptive_statistics",
     "check_perturbed",
+    "check_step",
     "hessian_eigenvalues",
     "hessian_spectrum",
     "hessian_trace",

@@ -45,7 +45,6 @@ class Embedding:
             for x, sharding in zip(arrays, self._shardings, strict=True)
         ]
 
-
     @numerics.promoting
     def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> jax.Array:
         """Return a random vector, the same however the arrays are sharded; the padding is 0.

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from gnp_optax._core import checks, selection
 from gnp_optax.diagnostics import _dataset, _lanczos, _operands

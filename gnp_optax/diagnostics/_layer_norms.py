@@ -113,7 +113,7 @@ def _norms(
 
 
 def _kept(tree: PyTree, selected: Sequence[Any]) -> PyTree:
-    """Return a tree with None, which is no leaf and belongs to no layer, for what is not selected."""
+    """Return a tree with None, which is no leaf, for what is not selected."""
     leaves, structure = jax.tree.flatten(tree)
     kept = [x if s is not False else None for x, s in zip(leaves, selected, strict=True)]
     return jax.tree.unflatten(structure, kept)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnp_optax._core import paths
 from gnp_optax._momentum import MomentumSAMState
 
 PyTree = Any
@@ -84,7 +85,7 @@ def _is_memory(node: Any) -> bool:
 
 
 def _memories(tree: PyTree) -> list[MomentumSAMState]:
-    return [node for node in jax.tree.leaves(tree, is_leaf=_is_memory) if _is_memory(node)]
+    return [state for _, state in paths.nodes(tree, MomentumSAMState)]
 
 
 def _run(step: Callable[..., Any], given: PyTree, sign: int) -> Any:

@@ -130,7 +130,7 @@ def _ascend_in_ball(
 ) -> tuple[jax.Array, jax.Array, PyTree]:
     """Return the loss, the largest loss seen in the ball, and the perturbation that gave it.
 
-    In embedded coordinates u, `perturbation = T u`, in which the ball is round; T is 1 without `eta`.
+    In embedded coordinates u, `perturbation = T u`, in which the ball is round.
     """
     losses = _dataset.Losses(objective, bar, params, args)
     embedding = Embedding(losses.perturbed, losses.shardings)

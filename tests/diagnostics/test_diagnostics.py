@@ -365,12 +365,14 @@ def test_radius_profile_of_a_quartic_under_a_mask_and_a_direction():
 
 def test_radius_profile_tells_what_is_lost_in_rounding():
     """Of 1 in bfloat16 the next number is 1 + 2^-7; what does not move has no curvature."""
-    w = jnp.array([1.0, 1.0, 0.01, 0.0], jnp.bfloat16)
-    found = diagnostics.radius_profile(
-        lambda w: jnp.sum(w.astype(jnp.float32) ** 2) / 2, w, radii=[0.001, 0.1]
-    )
-    close(found.moved, [1 / 3, 1])  # the last should not move
-    assert found.curvature[0] < 0.1
+    w = jnp.array([1.0, 1.0, 0.01, 1.0], jnp.bfloat16)
+
+    def loss(w):
+        return jnp.sum((w.astype(jnp.float32)[:3] + 1) ** 2) / 2  # the last has no gradient
+
+    found = diagnostics.radius_profile(loss, w, radii=[0.001, 0.1])
+    close(found.moved, [1 / 3, 1])
+    assert found.curvature[0] < 0.3
     close(found.curvature[1], 1, rtol=0.1)
 
 
