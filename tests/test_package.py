@@ -226,7 +226,7 @@ PUBLIC = {
         "(fun, params, *args, directions, x, y, batch_size=None, has_aux=False, progress=False)"
     ),
     "diagnostics.loss_between": (
-        "(fun, start, end, *args, positions, batch_size=None, has_aux=False, progress=False)"
+        "(fun, start, end, *args, positions=None, batch_size=None, has_aux=False, progress=False)"
     ),
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
@@ -242,7 +242,7 @@ PUBLIC = {
     "plots.loss_line": "(ax, line, *, label=None, style=None)",
     "plots.loss_contour": "(ax, surface, *, levels=8, scale='linear')",
     "plots.loss_surface": "(ax, surface, *, scale='linear')",
-    "plots.layer_norms": "(ax, paths, norms, *, epochs=None, selected=None)",
+    "plots.layer_norms": "(ax, paths, norms=None, *, epochs=None, selected=None, limits=None)",
 }
 
 

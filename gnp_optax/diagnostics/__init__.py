@@ -48,6 +48,7 @@ from gnp_optax.diagnostics._hessian import (
 )
 from gnp_optax.diagnostics._landscape import (
     Line,
+    Path,
     Surface,
     loss_along,
     loss_between,
@@ -69,6 +70,7 @@ __all__ = [
     "LayerNorms",
     "Line",
     "MSharpness",
+    "Path",
     "RadiusProfile",
     "Sharpness",
     "Spectrum",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnp_optax._core import numerics, selection
 from gnp_optax._core.mixing import mix
@@ -21,6 +22,13 @@ class Line(NamedTuple):
     """Distances from the parameters, and the losses there, both (n,)."""
 
     distances: jax.Array
+    losses: jax.Array
+
+
+class Path(NamedTuple):
+    """Positions between two solutions, from 0 to 1, and the losses there, both (n,)."""
+
+    positions: jax.Array
     losses: jax.Array
 
 
@@ -200,11 +208,11 @@ def loss_between(
     start: PyTree,
     end: PyTree,
     *args: Any,
-    positions: jax.typing.ArrayLike,
+    positions: jax.typing.ArrayLike | None = None,
     batch_size: int | None = None,
     has_aux: bool = False,
     progress: bool = False,
-) -> Line:
+) -> Path:
     """Compute the loss between two solutions: `L((1 - position) * start + position * end)`.
 
     Args:
@@ -212,13 +220,13 @@ def loss_between(
         start: The parameters at position 0.
         end: The parameters at position 1; integer leaves are those of `start`.
         *args: Further arguments of `fun`, such as inputs and labels.
-        positions: Positions (n,), also outside of 0 to 1.
+        positions: Positions (n,), also outside of 0 to 1; by default 21 from 0 to 1.
         batch_size: Number of examples that are computed at a time; `None` for all.
         has_aux: Whether `fun` returns `(loss, aux)`.
         progress: Whether to show a bar, which counts batches.
 
     Returns:
-        `Line(distances, losses)`, the distances being the positions.
+        `Path(positions, losses)`, which `gnp.plots.loss_line` draws, too.
 
     Raises:
         TypeError: If `fun` does not return a real scalar, or an argument is of the wrong type.
@@ -234,7 +242,8 @@ def loss_between(
         Problems", ICLR 2015.
     """
     _operands.check_like(start, "end", end)
-    positions = _operands.coordinates("positions", positions)
+    at = np.linspace(0, 1, 21) if positions is None else positions
+    positions = _operands.coordinates("positions", at)
     losses = _dataset.measure(
         "loss_between",
         _losses_between,
@@ -248,7 +257,7 @@ def loss_between(
         progress=progress,
         passes=positions.size,
     )
-    return Line(positions, losses)
+    return Path(positions, losses)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -456,6 +456,12 @@ def test_line_surface_and_path(batch_size):
     close(path.losses, np.array([at(s, 0) for s in x]))
 
 
+def test_positions_between_two_solutions_by_default():
+    path = diagnostics.loss_between(jnp.sum, jnp.zeros(2), jnp.ones(2))
+    close(path.positions, np.linspace(0, 1, 21))
+    close(path.losses, 2 * np.linspace(0, 1, 21))
+
+
 # What all of them share
 
 MEASUREMENTS = {
