@@ -102,14 +102,17 @@ def curves(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
 
 
 def early(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
-    """Draw what an adaptive optimizer sees in the warmup and as long again."""
+    """Draw what an adaptive optimizer sees in the warmup and as long again: a point an epoch.
+
+    Of plain training, GR with its warmups and SAM, as far as they were run: more are a tangle.
+    """
+    named = [m for m in methods(runs) if m in ("plain", "sam") or m.startswith("gr")]
     canvas, panels = drawing.canvas(len(_EARLY), 5.0 * len(_EARLY), 4.8)
     for axes, (key, label) in zip(panels, _EARLY, strict=True):
-        for method in methods(runs):
+        for method in named or methods(runs):
             chosen = [[e for e in run if e["early"]] for run in _runs_of(runs, method)]
-            values = np.array([[x for epoch in run for x in epoch["early"][key]] for run in chosen])
-            each = len(chosen[0][0]["early"][key])
-            _band(axes, np.arange(values.shape[1]) / each, values, method)
+            values = np.array([[np.mean(e["early"][key]) for e in run] for run in chosen])
+            _band(axes, np.arange(values.shape[1]) + 0.5, values, method)
         _finish(axes, label, warmup_epochs, is_log=True)
     drawing.save(canvas, panels[0], title, path, columns=4)
 
