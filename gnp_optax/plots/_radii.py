@@ -98,8 +98,8 @@ def radius_profile(ax: Axes, profile: RadiusProfile) -> Axes:
     _curves.tidy(ax)
     beside.spines["top"].set_visible(False)
     # Below: the curves go everywhere.
-    below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.22), "ncols": 2}
-    ax.legend(handles=lines, frameon=False, fontsize=7, **below)
+    below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 5.5}
+    ax.legend(handles=lines, frameon=False, fontsize=7, ncols=2, **below)
     return ax
 
 
