@@ -72,10 +72,9 @@ def layer_norms(
         >>> ax.collections[0].get_array().tolist()  # layers x times
         [[None, 0.1, 0.3], [1.0, 2.0, 4.0]]
     """
-    if norms is None:
-        paths, norms = _paths(paths), paths
-    names = _shortened(paths)
-    table = _table(list(paths), norms)
+    order: Any = paths if norms is not None else _paths(paths)
+    names = _shortened(order)
+    table = _table(list(order), paths if norms is None else norms)
     at = (
         np.arange(1.0, len(table) + 1) if epochs is None else _plotted.coordinates("epochs", epochs)
     )
