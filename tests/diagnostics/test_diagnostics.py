@@ -127,6 +127,9 @@ def test_where_the_krylov_space_ends_early(diagonal, seed):
     real = ~np.isnan(values)
     close(values[real], np.sort(diagonal)[::-1][:3][real])
     close(np.linalg.norm(found.eigenvectors, axis=1)[real], np.ones(real.sum()))
+    vectors = np.asarray(found.eigenvectors)
+    apart = np.linalg.norm(vectors * diagonal - values[:, None] * vectors, axis=1)
+    close(np.asarray(found.residuals)[real], apart[real])
 
 
 def test_linear_loss_has_no_curvature():
