@@ -260,10 +260,10 @@ def _averaged(
 def _of_leaves(momentum: PyTree, params: PyTree) -> list[Any]:
     """Return what is remembered for each leaf, or that nothing is."""
     found: list[Any] = []
-    nodes: Any
-    boxes, nodes = jax.tree.flatten(params, is_leaf=paths.is_box)
+    outer: Any
+    boxes, outer = jax.tree.flatten(params, is_leaf=paths.is_box)
     try:
-        for box, m in zip(boxes, nodes.flatten_up_to(momentum), strict=True):
+        for box, m in zip(boxes, outer.flatten_up_to(momentum), strict=True):
             structure: Any = jax.tree.structure(box)
             absent = [m] * structure.num_leaves
             found += absent if _is_absent(m) else structure.flatten_up_to(m)

@@ -82,6 +82,9 @@ def gradient_regularization(
         tx = optax.chain(gnp.gradient_regularization(r=0.1, alpha=0.8), optax.adamw(1e-3))
         updates, state = tx.update(grads, state, params, value_fn=loss_fn)
 
+    What another order means tells `gnp.diagnostics.check_step(tx, loss_fn, params, *batch)`, which
+    runs a step and says what it did.
+
     The incoming updates are taken as g, whatever was done to them (a mean over devices, say).
     Keyword arguments of `update` that `value_fn` names are forwarded to it; others are ignored.
     A step at which alpha is 0 evaluates no second gradient. With a mask, the second gradient can

@@ -217,6 +217,10 @@ PUBLIC = {
         "(fun, params, *args, rho, steps=100, step_size=None, eta=None, key=None, mask=None, "
         "batch_size=None, has_aux=False, progress=False)"
     ),
+    "diagnostics.radius_profile": (
+        "(fun, params, *args, radii, direction=None, mask=None, batch_size=None, has_aux=False, "
+        "progress=False)"
+    ),
     "diagnostics.m_sharpness": (
         "(fun, params, *args, rho, m, direction=None, mask=None, has_aux=False, progress=False)"
     ),
@@ -225,6 +229,7 @@ PUBLIC = {
     ),
     "diagnostics.norms_by_layer": "(grads)",
     "diagnostics.check_perturbed": "(step, *args, **kwargs)",
+    "diagnostics.check_step": "(tx, loss_fn, params, *batch, opt_state=None, has_aux=False)",
     "diagnostics.adaptive_statistics": "(opt_state, *, b2=0.999, eps=1e-08)",
     "diagnostics.random_direction": "(key, params, *, mask=None)",
     "diagnostics.loss_along": (
@@ -234,7 +239,7 @@ PUBLIC = {
         "(fun, params, *args, directions, x, y, batch_size=None, has_aux=False, progress=False)"
     ),
     "diagnostics.loss_between": (
-        "(fun, start, end, *args, positions, batch_size=None, has_aux=False, progress=False)"
+        "(fun, start, end, *args, positions=None, batch_size=None, has_aux=False, progress=False)"
     ),
     "linen.TrainState.apply_gradients": "(self, *, grads, **kwargs)",
     "nnx.value_and_grad": (
@@ -255,10 +260,11 @@ PUBLIC = {
     "plots.band": "(ax, x, values, label, *, style=None)",
     "plots.schedules": "(ax, schedules, steps)",
     "plots.spectrum": ("(ax, spectrum, *, width=None, floor=1e-08, label=None, style=None)"),
+    "plots.radius_profile": "(ax, profile)",
     "plots.loss_line": "(ax, line, *, label=None, style=None)",
     "plots.loss_contour": "(ax, surface, *, levels=8, scale='linear')",
     "plots.loss_surface": "(ax, surface, *, scale='linear')",
-    "plots.layer_norms": "(ax, paths, norms, *, epochs=None, selected=None)",
+    "plots.layer_norms": "(ax, paths, norms=None, *, epochs=None, selected=None, limits=None)",
 }
 
 

@@ -15,6 +15,11 @@ sharded, and the masks of `gnp.masks`:
     spectrum = gnp.diagnostics.hessian_spectrum(loss_fn, params, x, y, key=key, batch_size=256)
     density = gnp.diagnostics.spectral_density(spectrum, grid=jnp.linspace(-1, 30, 500), width=0.1)
 
+    # Whether a step does what it is meant to, and what each radius would do.
+    print(gnp.diagnostics.check_step(tx, loss_fn, params, x, y))
+    radii = jnp.geomspace(1e-3, 1, 13)
+    profile = gnp.diagnostics.radius_profile(loss_fn, params, x, y, radii=radii)
+
     # How much the loss grows within a distance, as SAM and ASAM see it, and at the worst.
     step = gnp.diagnostics.sharpness(loss_fn, params, x, y, rho=0.05)
     worst = gnp.diagnostics.worst_case_sharpness(loss_fn, params, x, y, rho=0.05)
@@ -26,7 +31,7 @@ sharded, and the masks of `gnp.masks`:
 
 With `batch_size`, the examples are computed in batches of that many, one after the other, in the
 memory of one; the result is the mean over all examples, the last, smaller batch included. With
-`progress=True` a bar counts the batches.
+`progress=True` a bar counts the batches, and says so as long as the program is compiled.
 
 Each function compiles itself, once for each loss function: keep the function, and give it what
 changes as an argument. As with `jax.jit`, what a function closes over is read when it is compiled,
@@ -43,6 +48,7 @@ from gnp_optax.diagnostics._hessian import (
 )
 from gnp_optax.diagnostics._landscape import (
     Line,
+    Path,
     Surface,
     loss_along,
     loss_between,
@@ -52,8 +58,10 @@ from gnp_optax.diagnostics._landscape import (
 from gnp_optax.diagnostics._layer_norms import LayerNorms, layer_gradient_norms, norms_by_layer
 from gnp_optax.diagnostics._moments import AdaptiveStatistics, adaptive_statistics
 from gnp_optax.diagnostics._perturbed import check_perturbed
+from gnp_optax.diagnostics._radius import RadiusProfile, radius_profile
 from gnp_optax.diagnostics._sharpness import MSharpness, Sharpness, m_sharpness, sharpness
 from gnp_optax.diagnostics._spectrum import Spectrum, hessian_spectrum, spectral_density
+from gnp_optax.diagnostics._step import StepCheck, check_step
 from gnp_optax.diagnostics._worst_case import WorstCase, worst_case_sharpness
 
 __all__ = [
@@ -62,13 +70,17 @@ __all__ = [
     "LayerNorms",
     "Line",
     "MSharpness",
+    "Path",
+    "RadiusProfile",
     "Sharpness",
     "Spectrum",
+    "StepCheck",
     "Surface",
     "TraceEstimate",
     "WorstCase",
     "adaptive_statistics",
     "check_perturbed",
+    "check_step",
     "hessian_eigenvalues",
     "hessian_spectrum",
     "hessian_trace",
@@ -78,6 +90,7 @@ __all__ = [
     "loss_surface",
     "m_sharpness",
     "norms_by_layer",
+    "radius_profile",
     "random_direction",
     "sharpness",
     "spectral_density",

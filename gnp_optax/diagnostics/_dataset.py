@@ -1,6 +1,7 @@
 """A loss, its gradient and its Hessian, as means over all examples, one batch after the other."""
 
 import contextlib
+import contextvars
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ class Losses:
         self._fun = losses.with_aux(objective.fun, objective.has_aux)
         self._batch_size = objective.batch_size
         self._bar, self._args = bar, args
+        if isinstance(bar, jax.core.Tracer):
+            _tell_that_it_compiles()
 
     def value(self, perturbed: Arrays) -> jax.Array:
         """Return the mean loss."""
@@ -68,12 +71,6 @@ class Losses:
     def filled(self, perturbed: Arrays) -> PyTree:
         """Return a tree like the parameters, with zeros for what is not selected."""
         return self.parts.unite(perturbed, [jnp.zeros_like(w) for w in self.others])
-
-    def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> Arrays:
-        """Return random arrays like `perturbed`, the same however these are sharded."""
-        keys = jax.random.split(key, len(self.perturbed))
-        triples = zip(keys, self.perturbed, self.shardings, strict=True)
-        return [_layout.place(draw(sample, k, w), sharding) for k, w, sharding in triples]
 
     def _of_batch(self, perturbed: Arrays, batch: Any) -> jax.Array:
         return self._fun(self.parts.unite(perturbed, self.others), *batch)[0]
@@ -108,15 +105,6 @@ class Losses:
             last = self._advanced(of_batch(jax.tree.map(lambda x: x[whole * size :], self._args)))
             total = jax.tree.map(lambda t, x: t + left * x, total, last)
         return jax.tree.map(lambda t: t / examples, total)
-
-
-def draw(sample: Callable[..., jax.Array], key: jax.Array, w: jax.Array) -> jax.Array:
-    """Return a random array like w, in float32 or wider; of a complex one, draw both parts."""
-    dtype = numerics.wide(jnp.result_type(w))
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        return sample(key, jnp.shape(w), dtype)
-    parts = (sample(k, jnp.shape(w), numerics.real(dtype)) for k in jax.random.split(key))
-    return jax.lax.complex(*parts)
 
 
 def measure(
@@ -189,6 +177,8 @@ def _check_fun(name: str, fun: Callable[..., Any]) -> None:
 # A compiled program outlives its first call, so that it is told by a number which bar is its own.
 _bars: dict[int, tqdm.tqdm] = {}
 _numbers = itertools.count()
+# The bar that this thread shows.
+_shown: contextvars.ContextVar[tqdm.tqdm | None] = contextvars.ContextVar("shown", default=None)
 
 
 @contextlib.contextmanager
@@ -200,11 +190,20 @@ def progress_bar(total: int, is_shown: bool) -> Iterator[np.ndarray | None]:
     number = next(_numbers)
     with tqdm.tqdm(total=total, unit="batch") as shown:
         _bars[number] = shown
+        token = _shown.set(shown)
         try:
             yield np.asarray(number, np.int32)
         finally:
             jax.effects_barrier()
+            _shown.reset(token)
             del _bars[number]
+
+
+def _tell_that_it_compiles() -> None:
+    """Say so on the bar; called when a measurement is traced, which it is when it is compiled."""
+    shown = _shown.get()
+    if shown is not None:
+        shown.set_description("compiling")
 
 
 def advance(number: jax.Array | None, after: jax.Array) -> None:
@@ -217,4 +216,6 @@ def _step(number: jax.Array, after: jax.Array) -> None:
     del after
     shown = _bars.get(int(number))
     if shown is not None:
+        if shown.n == 0:
+            shown.set_description(refresh=False)
         shown.update()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from gnp_optax._core import checks, selection
 from gnp_optax.diagnostics import _dataset, _lanczos, _operands
@@ -158,9 +157,9 @@ def hessian_trace(
         Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix", 1990.
     """
     checks.check_integer("num_samples", num_samples, at_least=1)
-    samples = _dataset.measure(
+    found = _dataset.measure(
         "hessian_trace",
-        functools.partial(_lanczos.trace_samples, num_samples=int(num_samples)),
+        functools.partial(_lanczos.trace, num_samples=int(num_samples)),
         fun,
         params,
         args,
@@ -171,5 +170,4 @@ def hessian_trace(
         progress=progress,
         passes=num_samples,
     )
-    spread = jnp.std(samples, ddof=1) if num_samples > 1 else jnp.nan
-    return TraceEstimate(jnp.mean(samples), jnp.asarray(spread / num_samples**0.5, samples.dtype))
+    return TraceEstimate(*found)

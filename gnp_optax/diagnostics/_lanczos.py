@@ -1,20 +1,18 @@
 """The Hessian as a linear operator on one array, and what matfree finds out about it."""
 
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from matfree import decomp, stochtrace
 
 from gnp_optax._core import numerics
-from gnp_optax.diagnostics import _dataset, _layout
+from gnp_optax.diagnostics import _dataset
+from gnp_optax.diagnostics._embedding import Embedding
 
 PyTree = Any
-Arrays = list[Any]
 
 
 class Hessian:
@@ -37,7 +35,7 @@ class Hessian:
 
     def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> jax.Array:
         """Return a random vector, the same however the parameters are sharded."""
-        return self._embedding.embed(self._losses.random(key, sample))
+        return self._embedding.random(key, sample)
 
 
 class Ritz(NamedTuple):
@@ -98,7 +96,7 @@ def eigenpairs(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_samples")
-def trace_samples(
+def trace(
     objective: _dataset.Objective,
     bar: jax.Array | None,
     params: PyTree,
@@ -106,8 +104,8 @@ def trace_samples(
     key: jax.Array,
     *,
     num_samples: int,
-) -> jax.Array:
-    """Return `v' H v` for random vectors of signs."""
+) -> tuple[jax.Array, jax.Array]:
+    """Return the mean of `v' H v` over random vectors of signs, and its standard error."""
     hessian = Hessian(objective, bar, params, args)
     quadratic_form = stochtrace.monte_carlo_trace()
 
@@ -115,7 +113,9 @@ def trace_samples(
         return quadratic_form(hessian, hessian.random(key, jax.random.rademacher))
 
     # One after the other: `vmap` would keep all of them in memory.
-    return jax.lax.map(sample, jax.random.split(key, num_samples))
+    samples = jax.lax.map(sample, jax.random.split(key, num_samples))
+    spread = jnp.std(samples, ddof=1) if num_samples > 1 else jnp.full([], jnp.nan, samples.dtype)
+    return jnp.mean(samples), spread / num_samples**0.5
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_matvecs", "num_samples"))
@@ -172,77 +172,3 @@ def _combined(basis: jax.Array, coefficients: jax.Array, is_row: jax.Array) -> j
     # One by one: a product of matrices would take a copy of the basis without its NaN.
     total, _ = jax.lax.scan(add, zeros, (basis, coefficients, is_row))
     return total
-
-
-class Embedding:
-    """An isometry from lists of arrays to arrays of shape (*mesh, length), padded with zeros.
-
-    matfree works on vectors. To flatten a model into one would gather it on every device. Here each
-    device flattens its own shard, and of an array that it has in common with others its own share.
-    Complex arrays go to their real and imaginary parts. Without a mesh the shape is (length,).
-
-    Args:
-        arrays: Arrays such as those to embed.
-        shardings: Their shardings, all of one mesh, or all None.
-    """
-
-    def __init__(self, arrays: Arrays, shardings: Sequence[NamedSharding | None]) -> None:
-        self._shardings = shardings
-        self._templates = [_template(x) for x in arrays]
-
-    @numerics.promoting
-    def embed(self, arrays: Arrays) -> jax.Array:
-        """Return arrays as one; no device needs what another has."""
-        pieces = [
-            _on_devices(part, sharding)
-            for x, sharding in zip(arrays, self._shardings, strict=True)
-            for part in ([jnp.real(x), jnp.imag(x)] if jnp.iscomplexobj(x) else [x])
-        ]
-        return jnp.concatenate(pieces, axis=-1)
-
-    def restore(self, vector: jax.Array) -> Arrays:
-        """Undo `embed`."""
-        # Of an isometry the transpose is the inverse; JAX's is not conjugated.
-        (arrays,) = jax.linear_transpose(self.embed, self._templates)(vector)
-        return [
-            _layout.place(jnp.conj(x), sharding)
-            for x, sharding in zip(arrays, self._shardings, strict=True)
-        ]
-
-
-def _template(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), numerics.wide(jnp.result_type(x)))
-
-
-def _on_devices(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    """Return an array as (*mesh, length): what each device has, or its share of it."""
-    if sharding is None:
-        return x.ravel()
-    mesh = sharding.mesh
-    sizes = [mesh.shape[name] for name in mesh.axis_names]
-    x, used = _shards(_layout.place(x, sharding), sharding)
-    common = [name for name in mesh.axis_names if name not in used]
-    length = x.shape[-1]
-    shares = math.prod(mesh.shape[name] for name in common)
-    x = jnp.pad(x, [(0, 0)] * len(used) + [(0, -length % shares)])
-    x = x.reshape(*x.shape[:-1], *(mesh.shape[name] for name in common), -1)
-    x = x.transpose(*((used + common).index(name) for name in mesh.axis_names), len(sizes))
-    return _layout.place(x, NamedSharding(mesh, PartitionSpec(*mesh.axis_names)))
-
-
-def _shards(x: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, list[str]]:
-    """Return an array as (*axes of the mesh that divide it, length), and these axes."""
-    mesh = sharding.mesh
-    entries = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-    shape: list[int] = []
-    names: list[str | None] = []
-    for size, entry in zip(x.shape, entries, strict=True):
-        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        parts = [mesh.shape[name] for name in axes]
-        shape += [*parts, size // math.prod(parts)]
-        names += [*axes, None]
-    used = [name for name in mesh.axis_names if name in names]
-    within = [i for i, name in enumerate(names) if name is None]
-    x = x.reshape(shape).transpose(*(names.index(name) for name in used), *within)
-    x = x.reshape(*(mesh.shape[name] for name in used), -1)
-    return _layout.place(x, NamedSharding(mesh, PartitionSpec(*used))), used

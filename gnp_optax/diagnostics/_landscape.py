@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnp_optax._core import numerics, selection
 from gnp_optax._core.mixing import mix
 from gnp_optax._core.perturbation import perturb
 from gnp_optax.diagnostics import _dataset, _layout, _operands
+from gnp_optax.diagnostics._embedding import Embedding
 
 PyTree = Any
 Arrays = list[Any]
@@ -20,6 +22,13 @@ class Line(NamedTuple):
     """Distances from the parameters, and the losses there, both (n,)."""
 
     distances: jax.Array
+    losses: jax.Array
+
+
+class Path(NamedTuple):
+    """Positions between two solutions, from 0 to 1, and the losses there, both (n,)."""
+
+    positions: jax.Array
     losses: jax.Array
 
 
@@ -177,7 +186,7 @@ def loss_surface(
     for i, direction in enumerate(directions):
         _operands.check_like(params, f"directions[{i}]", direction)
     x, y = _operands.coordinates("x", x), _operands.coordinates("y", y)
-    points = jnp.stack([axis.ravel() for axis in jnp.meshgrid(x, y)], axis=1)
+    points = jnp.stack(jnp.meshgrid(x, y), axis=-1).reshape(-1, 2)
     losses = _dataset.measure(
         "loss_surface",
         _losses_at,
@@ -199,11 +208,11 @@ def loss_between(
     start: PyTree,
     end: PyTree,
     *args: Any,
-    positions: jax.typing.ArrayLike,
+    positions: jax.typing.ArrayLike | None = None,
     batch_size: int | None = None,
     has_aux: bool = False,
     progress: bool = False,
-) -> Line:
+) -> Path:
     """Compute the loss between two solutions: `L((1 - position) * start + position * end)`.
 
     Args:
@@ -211,13 +220,13 @@ def loss_between(
         start: The parameters at position 0.
         end: The parameters at position 1; integer leaves are those of `start`.
         *args: Further arguments of `fun`, such as inputs and labels.
-        positions: Positions (n,), also outside of 0 to 1.
+        positions: Positions (n,), also outside of 0 to 1; by default 21 from 0 to 1.
         batch_size: Number of examples that are computed at a time; `None` for all.
         has_aux: Whether `fun` returns `(loss, aux)`.
         progress: Whether to show a bar, which counts batches.
 
     Returns:
-        `Line(distances, losses)`, the distances being the positions.
+        `Path(positions, losses)`, which `gnp.plots.loss_line` draws, too.
 
     Raises:
         TypeError: If `fun` does not return a real scalar, or an argument is of the wrong type.
@@ -233,7 +242,8 @@ def loss_between(
         Problems", ICLR 2015.
     """
     _operands.check_like(start, "end", end)
-    positions = _operands.coordinates("positions", positions)
+    at = np.linspace(0, 1, 21) if positions is None else positions
+    positions = _operands.coordinates("positions", at)
     losses = _dataset.measure(
         "loss_between",
         _losses_between,
@@ -247,7 +257,7 @@ def loss_between(
         progress=progress,
         passes=positions.size,
     )
-    return Line(positions, losses)
+    return Path(positions, losses)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -296,10 +306,10 @@ def _filter_normalized(layout: _layout.Layout, key: jax.Array, params: PyTree) -
     """Return a random direction whose filters have the norms of the parameters' filters."""
     parts = _layout.divided(layout, params)
     perturbed, others = parts.divide(params)
-    keys = jax.random.split(key, len(perturbed))
-    triples = zip(keys, perturbed, _layout.shardings_of(layout, parts), strict=True)
-    drawn = [_layout.place(_filters(k, w), sharding) for k, w, sharding in triples]
-    return parts.unite(drawn, [jnp.zeros_like(w) for w in others])
+    embedding = Embedding(perturbed, _layout.shardings_of(layout, parts))
+    drawn = embedding.restore(embedding.random(key, jax.random.normal))
+    filters = [_filters(x, w) for x, w in zip(drawn, perturbed, strict=True)]
+    return parts.unite(filters, [jnp.zeros_like(w) for w in others])
 
 
 def _between(start: jax.Array, end: jax.Array, position: jax.Array) -> jax.Array:
@@ -318,8 +328,8 @@ def _combination(point: jax.Array, axes: Arrays) -> jax.Array:
 
 
 @numerics.promoting
-def _filters(key: jax.Array, w: jax.Array) -> jax.Array:
-    drawn = _dataset.draw(jax.random.normal, key, w)
+def _filters(drawn: jax.Array, w: jax.Array) -> jax.Array:
+    """Return the filters of a random array, as long as those of w."""
     if jnp.ndim(w) < 2:
         return jnp.zeros_like(drawn)
     target, length = (_length(numerics.widen(x)) for x in (w, drawn))

@@ -1,7 +1,7 @@
 """The norm of the gradient, layer by layer."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,9 +62,9 @@ def layer_gradient_norms(
         Lee, "Layer-wise Adaptive Gradient Norm Penalizing Method for Efficient and Accurate Deep
         Learning", KDD 2024.
     """
-    grads = _dataset.measure(
+    norms = _dataset.measure(
         "layer_gradient_norms",
-        _gradient,
+        _norms,
         fun,
         params,
         args,
@@ -74,14 +74,8 @@ def layer_gradient_norms(
         progress=progress,
         passes=1,
     )
-    leaves, structure = jax.tree.flatten(params)
-    del leaves
-    flags = selection.selected_leaves(mask, params)
-    # None is no leaf: what is not selected belongs to no layer.
-    kept = [
-        g if s is not False else None for g, s in zip(jax.tree.leaves(grads), flags, strict=True)
-    ]
-    return norms_by_layer(jax.tree.unflatten(structure, kept))
+    kept = _kept(params, selection.selected_leaves(mask, params))
+    return LayerNorms(tuple(_ranking.leaves_by_layer(kept)), norms)
 
 
 @numerics.promoting
@@ -110,8 +104,16 @@ def norms_by_layer(grads: PyTree) -> LayerNorms:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradient(
+def _norms(
     objective: _dataset.Objective, bar: jax.Array | None, params: PyTree, args: PyTree
-) -> PyTree:
+) -> jax.Array:
     losses = _dataset.Losses(objective, bar, params, args)
-    return losses.filled(losses.value_and_grad(losses.perturbed)[1])
+    grads = losses.filled(losses.value_and_grad(losses.perturbed)[1])
+    return norms_by_layer(_kept(grads, objective.layout.selected)).norms
+
+
+def _kept(tree: PyTree, selected: Sequence[Any]) -> PyTree:
+    """Return a tree with None, which is no leaf, for what is not selected."""
+    leaves, structure = jax.tree.flatten(tree)
+    kept = [x if s is not False else None for x, s in zip(leaves, selected, strict=True)]
+    return jax.tree.unflatten(structure, kept)

@@ -79,6 +79,8 @@ def check_like(params: PyTree, name: str, tree: PyTree) -> None:
 
 def coordinates(name: str, values: jax.typing.ArrayLike) -> jax.Array:
     """Return a vector of real numbers, raising for what is none."""
+    if isinstance(values, (list, tuple)):
+        values = np.asarray(values)
     if jnp.ndim(values) != 1 or jnp.iscomplexobj(values):
         raise ValueError(
             f"{name} must be a vector of real numbers, such as jnp.linspace(-1, 1, 21); got the "

@@ -90,7 +90,7 @@ def sharpness(
     checks.check_scalar("rho", rho)
     found = _dataset.measure(
         "sharpness",
-        functools.partial(_one_step, direction=_checked_direction(direction)),
+        functools.partial(_one_step, direction=checked_direction(direction)),
         fun,
         params,
         args,
@@ -160,7 +160,7 @@ def m_sharpness(
         )
     by_group = _dataset.measure(
         "m_sharpness",
-        functools.partial(_each_group, direction=_checked_direction(direction), m=int(m)),
+        functools.partial(_each_group, direction=checked_direction(direction), m=int(m)),
         fun,
         params,
         args,
@@ -174,9 +174,10 @@ def m_sharpness(
     return MSharpness(jnp.mean(by_group), by_group)
 
 
-def _checked_direction(
+def checked_direction(
     direction: optax.GradientTransformation | None,
 ) -> optax.GradientTransformation | None:
+    """Return a direction, raising unless it is one or None."""
     if direction is not None:
         checks.check_direction(direction)
     return direction
@@ -195,8 +196,7 @@ def _one_step(
     """Return both losses, their difference, and what a step tells of its second gradient."""
     losses = _dataset.Losses(objective, bar, params, args)
     loss, grads = losses.value_and_grad(losses.perturbed)
-    ascent = _ascent(losses, params, grads, direction)
-    pairs = zip(losses.perturbed, ascent, strict=True)
+    pairs = zip(losses.perturbed, ascent(losses, params, grads, direction), strict=True)
     moved = [perturbation.perturb(w, d, rho) for w, d in pairs]
     perturbed_loss, tilde = losses.value_and_grad(moved)
     second = perturbation.SecondGradient(perturbed_loss, moved, (tilde, []), None)
@@ -226,17 +226,18 @@ def _each_group(
     return jax.lax.map(of_group, groups)
 
 
-def _ascent(
+def ascent(
     losses: _dataset.Losses,
     params: PyTree,
     grads: Arrays,
     direction: optax.GradientTransformation | None,
 ) -> Arrays:
-    ascent = directions.normalized() if direction is None else direction
+    """Return the direction of ascent of the selected arrays."""
+    chosen = directions.normalized() if direction is None else direction
     state = perturbation.empty_state(
-        ascent,
+        chosen,
         params,
         "a measurement keeps none. Use one without, such as direction=gnp.directions.normalized().",
     )
-    found, _ = ascent.update(losses.filled(grads), state, params)
+    found, _ = chosen.update(losses.filled(grads), state, params)
     return losses.parts.divide(found)[0]

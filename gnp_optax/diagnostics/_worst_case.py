@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from gnp_optax._core import checks, numerics, selection
 from gnp_optax._core.perturbation import perturb
 from gnp_optax.diagnostics import _dataset, _operands
+from gnp_optax.diagnostics._embedding import Embedding
 
 PyTree = Any
 Arrays = list[Any]
@@ -129,57 +130,50 @@ def _ascend_in_ball(
 ) -> tuple[jax.Array, jax.Array, PyTree]:
     """Return the loss, the largest loss seen in the ball, and the perturbation that gave it.
 
-    In coordinates u, `perturbation = T u`, in which the ball is round; T is 1 without `eta`.
+    In embedded coordinates u, `perturbation = T u`, in which the ball is round.
     """
     losses = _dataset.Losses(objective, bar, params, args)
-    scales = [_scale(w, eta) for w in losses.perturbed]
+    embedding = Embedding(losses.perturbed, losses.shardings)
+    scale = 1.0 if eta is None else embedding.embed([_scale(w, eta) for w in losses.perturbed])
+    random = _normalized(embedding.random(key, jax.random.normal))
 
-    def ascent(grads: Arrays) -> Arrays:
-        return _normalized([t * jnp.conj(g) for t, g in zip(scales, grads, strict=True)])
+    def ascent(grads: Arrays) -> jax.Array:
+        up = scale * embedding.embed([jnp.conj(g) for g in grads])
+        # At a critical point there is no way up, but the loss may well grow in all directions.
+        return jnp.where(numerics.norm([up]) == 0, random, _normalized(up))
 
-    def perturbation(u: Arrays) -> Arrays:
-        return [t * x for t, x in zip(scales, u, strict=True)]
-
-    def step(state: Any, length: jax.Array) -> tuple[Any, None]:
+    def step(state: Any, length: jax.Array) -> tuple[Any, jax.Array]:
         u, up, best, largest = state
-        u = _within(rho, [_ahead(a, b, length) for a, b in zip(u, up, strict=True)])
-        pairs = zip(losses.perturbed, perturbation(u), strict=True)
+        u = _within(rho, u + length.astype(u.dtype) * up)
+        pairs = zip(losses.perturbed, embedding.restore(scale * u), strict=True)
         value, grads = losses.value_and_grad([perturb(w, d, 1.0) for w, d in pairs])
         is_better = (value > largest) | jnp.isnan(value)
-        best = [jnp.where(is_better, a, b) for a, b in zip(u, best, strict=True)]
-        return (u, ascent(grads), best, jnp.where(is_better, value, largest)), None
+        best = jnp.where(is_better, u, best)
+        return (u, ascent(grads), best, jnp.where(is_better, value, largest)), value
 
-    loss, grads = losses.value_and_grad(losses.perturbed)
-    up = ascent(grads)
-    # At a critical point there is no way up, but the loss may well grow in all directions.
-    is_critical = numerics.norm(up) == 0
-    random = _normalized(losses.random(key, jax.random.normal))
-    up = [jnp.where(is_critical, r, u) for r, u in zip(random, up, strict=True)]
-    zeros = [jnp.zeros_like(x) for x in up]
-    # The first step goes to the boundary; the ones after it get shorter.
+    loss = jax.eval_shape(losses.value, losses.perturbed)
+    zeros, lowest = jnp.zeros_like(random), jnp.full([], -jnp.inf, loss.dtype)
+    # The first step stays where it is, the next goes to the boundary, those after it get shorter.
     shorter = step_size * (1 - jnp.arange(1, steps, dtype=step_size.dtype) / steps)
-    lengths = jnp.append(rho, shorter)
-    (_, _, best, largest), _ = jax.lax.scan(step, (zeros, up, zeros, loss), lengths)
-    return loss, largest, losses.filled(perturbation(best))
+    lengths = jnp.concatenate([jnp.stack([jnp.zeros_like(rho), rho]), shorter])
+    (_, _, best, largest), values = jax.lax.scan(step, (zeros, zeros, zeros, lowest), lengths)
+    return values[0], largest, losses.filled(embedding.restore(scale * best))
 
 
-def _scale(w: jax.Array, eta: jax.Array | None) -> jax.Array:
-    real = numerics.real(numerics.wide(w.dtype))
-    return jnp.ones([], real) if eta is None else jnp.abs(w).astype(real) + eta.astype(real)
+def _scale(w: jax.Array, eta: jax.Array) -> jax.Array:
+    wide = jnp.abs(numerics.widen(w))
+    scale = wide + eta.astype(wide.dtype)
+    return jax.lax.complex(scale, scale) if jnp.iscomplexobj(w) else scale
 
 
-def _normalized(arrays: Arrays) -> Arrays:
-    normalized: Arrays = numerics.divide(arrays, numerics.norm(arrays))
+def _normalized(u: jax.Array) -> jax.Array:
+    normalized: jax.Array = numerics.divide(u, numerics.norm([u]))
     return normalized
 
 
-def _ahead(u: jax.Array, up: jax.Array, length: jax.Array) -> jax.Array:
-    return u + length.astype(numerics.real(up.dtype)) * up
-
-
 @numerics.promoting
-def _within(rho: jax.Array, arrays: Arrays) -> Arrays:
+def _within(rho: jax.Array, u: jax.Array) -> jax.Array:
     """Project onto the ball of radius rho."""
-    total = numerics.norm(arrays)
-    factor = jnp.where(total > rho, rho / jnp.where(total == 0, 1, total), 1)
-    return [x * factor.astype(numerics.real(x.dtype)) for x in arrays]
+    length = numerics.norm([u])
+    factor = jnp.where(length > rho, rho / jnp.where(length == 0, 1, length), 1)
+    return u * factor.astype(u.dtype)

@@ -103,11 +103,17 @@ def _check_budget(k: int | None, budget: float | None, cost: Any) -> None:
 def layer_norms(grads: PyTree) -> dict[str, jax.Array]:
     """Return the norm of every layer's gradient, by name, in the order of the parameters."""
     checks.check_parameters(grads)
+    by_layer = leaves_by_layer(grads)
+    return dict(zip(by_layer, _norms(list(by_layer.values())), strict=True))
+
+
+def leaves_by_layer(tree: PyTree) -> dict[str, list[jax.Array]]:
+    """Return the leaves of every layer that can be differentiated, by its name."""
     by_layer: dict[str, list[jax.Array]] = {}
-    for path, leaf in zip(paths.leaf_paths(grads), jax.tree.leaves(grads), strict=True):
+    for path, leaf in zip(paths.leaf_paths(tree), jax.tree.leaves(tree), strict=True):
         if numerics.is_inexact(leaf):
             by_layer.setdefault(paths.layer_of(path), []).append(leaf)
-    return dict(zip(by_layer, _norms(list(by_layer.values())), strict=True))
+    return by_layer
 
 
 def layers_by_norm(grads: PyTree) -> list[str]:

@@ -8,6 +8,7 @@ They are made to be read at the width of a column (3.5 inches), in black and whi
 from gnp_optax.plots._curves import Style, band, curve_style, schedules
 from gnp_optax.plots._landscapes import loss_contour, loss_line, loss_surface
 from gnp_optax.plots._layer_map import layer_norms
+from gnp_optax.plots._radii import radius_profile
 from gnp_optax.plots._spectra import spectrum
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "loss_contour",
     "loss_line",
     "loss_surface",
+    "radius_profile",
     "schedules",
     "spectrum",
 ]

@@ -26,6 +26,16 @@ class Line(Protocol):
     def losses(self) -> ArrayLike: ...
 
 
+class Path(Protocol):
+    """Losses `(n,)` at positions `(n,)` between two solutions, at 0 and at 1."""
+
+    @property
+    def positions(self) -> ArrayLike: ...
+
+    @property
+    def losses(self) -> ArrayLike: ...
+
+
 class Surface(Protocol):
     """Losses `(m, n)` on a grid: `losses[i, j]` is that at `(x[j], y[i])`."""
 
@@ -40,16 +50,17 @@ class Surface(Protocol):
 
 
 def loss_line(
-    ax: Axes, line: Line, *, label: str | None = None, style: _curves.Style | None = None
+    ax: Axes, line: Line | Path, *, label: str | None = None, style: _curves.Style | None = None
 ) -> Axes:
-    """Draw the loss along a line through the parameters.
+    """Draw the loss along a line through the parameters, or between two solutions.
 
     Where the loss is infinite or NaN, the curve is interrupted.
 
     Args:
         ax: Axes to draw into. To compare minima, call again with the same axes and another `label`,
             then `ax.legend()`.
-        line: Distances and losses, both of shape `(n,)`; the distances increase.
+        line: Distances, or positions between two solutions, and losses, all of shape `(n,)`; the
+            distances increase. It is what `loss_along` and `loss_between` return.
         label: Name of the curve in the legend.
         style: Colour and dashes; by default those of `curve_style`, by the lines already there.
 
@@ -67,11 +78,16 @@ def loss_line(
         >>> loss_line(Figure().subplots(), line).lines[0].get_ydata().tolist()
         [2.0, 1.0, nan]
     """
-    distances = _plotted.coordinates("distances", line.distances)
+    name = "positions" if hasattr(line, "positions") else "distances"
+    at = _plotted.coordinates(name, getattr(line, name))
     losses = _plotted.floats("losses", line.losses, ("n",))
-    _plotted.check_shape("losses", losses, distances.shape, "of distances")
-    _curves.draw(ax, distances, _plotted.without_infinities("losses", losses), label, style)
-    ax.set(xlabel="distance from the parameters", ylabel="loss")
+    _plotted.check_shape("losses", losses, at.shape, f"of {name}")
+    _curves.draw(ax, at, _plotted.without_infinities("losses", losses), label, style)
+    where = {
+        "distances": "distance from the parameters",
+        "positions": "position (0: start, 1: end)",
+    }
+    ax.set(xlabel=where[name], ylabel="loss")
     _curves.tidy(ax)
     return ax
 

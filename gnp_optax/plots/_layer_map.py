@@ -30,11 +30,12 @@ class LayerNorms(Protocol):
 
 def layer_norms(
     ax: Axes,
-    paths: Sequence[str],
-    norms: ArrayLike | Sequence[LayerNorms],
+    paths: Sequence[str] | Sequence[LayerNorms],
+    norms: ArrayLike | Sequence[LayerNorms] | None = None,
     *,
     epochs: ArrayLike | None = None,
     selected: ArrayLike | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Axes:
     """Draw the gradient norms of the layers over training as a map of logarithmic colours.
 
@@ -46,12 +47,15 @@ def layer_norms(
 
     Args:
         ax: Axes to draw into.
-        paths: The layers to draw, in this order.
+        paths: The layers to draw, in this order; or, in place of both, one
+            `LayerNorms(paths, norms)` per time, of which all layers are drawn.
         norms: Gradient norms of shape `(times, layers)`, with columns in the order of `paths`; or
             one `LayerNorms(paths, norms)` per time, of which the layers named by `paths` are drawn.
         epochs: When the norms were taken, shape `(times,)`, increasing; by default 1, 2, 3, ...
         selected: Booleans of shape `(times, layers)`, in the order of `paths`: the layers that were
             perturbed, which are marked with dots.
+        limits: The norms at both ends of the colours, for several maps to have the same; by default
+            the smallest and the largest.
 
     Returns:
         `ax`.
@@ -59,7 +63,7 @@ def layer_norms(
     Raises:
         TypeError: If norms or epochs are not numbers, or `selected` holds anything but booleans.
         ValueError: If the shapes do not fit, if a path comes twice or is not in `norms`, if a norm
-            is negative or none is positive, or if `epochs` do not increase.
+            is negative or none is positive, or if `epochs` or `limits` do not increase.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -68,14 +72,15 @@ def layer_norms(
         >>> ax.collections[0].get_array().tolist()  # layers x times
         [[None, 0.1, 0.3], [1.0, 2.0, 4.0]]
     """
-    names = _shortened(paths)
-    table = _table(list(paths), norms)
+    order: Any = paths if norms is not None else _paths(paths)
+    names = _shortened(order)
+    table = _table(list(order), paths if norms is None else norms)
     at = (
         np.arange(1.0, len(table) + 1) if epochs is None else _plotted.coordinates("epochs", epochs)
     )
     _plotted.check_shape("epochs", at, (len(table),), "(times,)")
     drawn = np.ma.masked_where(~(np.isfinite(table) & (table > 0)), table)
-    _draw_map(ax, at, drawn)
+    _draw_map(ax, at, drawn, limits)
     if selected is not None:
         _draw_dots(ax, at, _checked_selection(selected, table.shape))
     ax.set(xlabel="epoch", ylabel="layer", ylim=(len(names) - 0.5, -0.5))
@@ -126,6 +131,25 @@ def _row(paths: list[str], one: LayerNorms) -> list[float]:
     return [found[path] for path in paths]
 
 
+def _paths(norms: Any) -> Sequence[str]:
+    if not isinstance(norms, Sequence) or not all(hasattr(one, "paths") for one in norms):
+        raise TypeError(
+            "Without norms, layer_norms draws one LayerNorms(paths, norms) per time: "
+            "layer_norms(ax, [found]). Of arrays it needs the names: layer_norms(ax, paths, norms)."
+        )
+    if not norms:
+        raise ValueError("There are no norms: nothing to draw.")
+    paths: Sequence[str] = norms[0].paths
+    return paths
+
+
+def _checked_limits(limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = _plotted.coordinates("limits", limits)
+    if low <= 0:
+        raise ValueError(f"limits must be positive, for logarithmic colours, got {limits!r}.")
+    return float(low), float(high)
+
+
 def _checked_selection(selected: Any, shape: tuple[int, ...]) -> Any:
     chosen = np.asarray(selected)
     if chosen.dtype != np.bool_:
@@ -137,9 +161,11 @@ def _checked_selection(selected: Any, shape: tuple[int, ...]) -> Any:
     return chosen
 
 
-def _draw_map(ax: Axes, epochs: _plotted.Floats, norms: Any) -> None:
+def _draw_map(
+    ax: Axes, epochs: _plotted.Floats, norms: Any, limits: tuple[float, float] | None
+) -> None:
     rows = np.arange(norms.shape[1] + 1) - 0.5
-    scale = LogNorm(norms.min(), norms.max())
+    scale = LogNorm(*((norms.min(), norms.max()) if limits is None else _checked_limits(limits)))
     cells = ax.pcolormesh(_edges(epochs), rows, norms.T, norm=scale, cmap="viridis")
     # What has no colour shows the background.
     ax.patch.set(hatch="//////", edgecolor="#999999", linewidth=0)

@@ -152,6 +152,9 @@ def test_where_the_krylov_space_ends_early(diagonal, seed):
     real = ~np.isnan(values)
     close(values[real], np.sort(diagonal)[::-1][:3][real])
     close(np.linalg.norm(found.eigenvectors, axis=1)[real], np.ones(real.sum()))
+    vectors = np.asarray(found.eigenvectors)
+    apart = np.linalg.norm(vectors * diagonal - values[:, None] * vectors, axis=1)
+    close(np.asarray(found.residuals)[real], apart[real])
 
 
 def test_linear_loss_has_no_curvature():
@@ -329,9 +332,86 @@ def test_worst_case_at_a_minimum(seed):
     hessian = Quadratic(seed).hessian
     at = jnp.zeros(8), jnp.asarray(hessian, jnp.float32), jnp.zeros(8)
     found = diagnostics.worst_case_sharpness(
-        quadratic_loss, *at, rho=1.0, steps=60, key=jax.random.key(seed)
+        quadratic_loss, *at, rho=1.0, steps=120, key=jax.random.key(seed)
     )
     close(found.surrogate_gap, np.linalg.eigvalsh(hessian)[-1] / 2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_radius_profile(batch_size):
+    """Each radius against `sharpness`, and the correction against the dense Hessian."""
+    radii = jnp.array([0.01, 0.1, 1.0])
+    found = diagnostics.radius_profile(LOSS, PARAMS, X, Y, radii=radii, batch_size=batch_size)
+    gradient, unravel = jax.flatten_util.ravel_pytree(jax.grad(LOSS)(PARAMS, X, Y))
+    flat, _ = jax.flatten_util.ravel_pytree(PARAMS)
+    norm = np.linalg.norm(gradient)
+    for i, r in enumerate(radii):
+        one = diagnostics.sharpness(LOSS, PARAMS, X, Y, rho=r)
+        close(found.surrogate_gap[i], one.surrogate_gap, rtol=1e-3)
+        close(found.cosine[i], one.cosine)
+        moved = unravel(flat + r * gradient / norm)
+        tilde, _ = jax.flatten_util.ravel_pytree(jax.grad(LOSS)(moved, X, Y))
+        correction, curved = np.asarray(tilde - gradient), r * HESSIAN @ gradient / norm
+        close(found.correction[i], np.linalg.norm(correction) / norm, rtol=1e-3)
+        common = correction @ curved / max(correction @ correction, curved @ curved)
+        close(found.curvature[i], common, rtol=1e-3)
+    close(found.loss, LOSS(PARAMS, X, Y))
+    close(found.grad_norm, norm)
+    assert found.moved.tolist() == [1, 1, 1]
+
+
+def test_radius_profile_of_a_quadratic_is_curvature_alone():
+    q = Quadratic(1)
+    given = [jnp.asarray(x, jnp.float32) for x in (q.vector, q.hessian, q.b)]
+    radii = np.array([0.1, 1.0, 10.0])
+    found = diagnostics.radius_profile(quadratic_loss, *given, radii=radii)
+    g = q.gradient(q.vector)
+    norm, d = np.linalg.norm(g), g / np.linalg.norm(g)
+    close(found.curvature, np.ones(3))
+    close(found.surrogate_gap, radii * norm + radii**2 * (d @ q.hessian @ d) / 2, rtol=1e-3)
+    close(found.correction, radii * np.linalg.norm(q.hessian @ d) / norm, rtol=1e-3)
+
+
+def test_radius_profile_of_a_quartic_under_a_mask_and_a_direction():
+    """`g = w^3`, `H = 3 w^2`, on one of two leaves, along a gradient that is not normalized."""
+    params = {"body": jnp.array([3.0]), "head": jnp.array([1.0, 2.0])}
+    w, radii = np.array([1.0, 2.0]), np.array([0.01, 0.5])
+    found = diagnostics.radius_profile(
+        lambda p: sum(jnp.sum(x**4) for x in p.values()) / 4,
+        params,
+        radii=radii,
+        direction=gnp.directions.unnormalized(),
+        mask=gnp.masks.by_path("head"),
+    )
+    for i, r in enumerate(radii):
+        correction, curved = (w + r * w**3) ** 3 - w**3, r * 3 * w**2 * w**3
+        common = correction @ curved / max(correction @ correction, curved @ curved)
+        close(found.curvature[i], common)
+        close(found.correction[i], np.linalg.norm(correction) / np.linalg.norm(w**3))
+    assert found.curvature[1] < 0.5 < 0.9 < found.curvature[0]
+
+
+def test_radius_profile_tells_what_is_lost_in_rounding():
+    """Of 1 in bfloat16 the next number is 1 + 2^-7; what does not move has no curvature."""
+    w = jnp.array([1.0, 1.0, 0.01, 1.0], jnp.bfloat16)
+
+    def loss(w):
+        return jnp.sum((w.astype(jnp.float32)[:3] + 1) ** 2) / 2  # the last has no gradient
+
+    found = diagnostics.radius_profile(loss, w, radii=[0.001, 0.1])
+    close(found.moved, [1 / 3, 1])
+    assert found.curvature[0] < 0.3
+    close(found.curvature[1], 1, rtol=0.1)
+
+
+def test_complex_parameters_have_a_radius_profile():
+    """`|z|^4 / 4`, as it is of two real numbers."""
+    flat = jnp.array([3.0, 4.0])
+    radii = jnp.array([0.1, 1.0])
+    real = diagnostics.radius_profile(lambda w: jnp.sum(w**2) ** 2 / 4, flat, radii=radii)
+    z = jax.lax.complex(*flat)
+    found = diagnostics.radius_profile(lambda z: jnp.abs(z) ** 4 / 4, z, radii=radii)
+    close(found, real)
 
 
 def test_sharpness_of_groups():
@@ -404,6 +484,12 @@ def test_line_surface_and_path(batch_size):
     close(path.losses, np.array([at(s, 0) for s in x]))
 
 
+def test_positions_between_two_solutions_by_default():
+    path = diagnostics.loss_between(jnp.sum, jnp.zeros(2), jnp.ones(2))
+    close(path.positions, np.linspace(0, 1, 21))
+    close(path.losses, 2 * np.linspace(0, 1, 21))
+
+
 # What all of them share
 
 MEASUREMENTS = {
@@ -412,6 +498,7 @@ MEASUREMENTS = {
     "hessian_spectrum": {"key": KEY, "num_matvecs": 3, "num_samples": 2},
     "sharpness": {"rho": 0.1},
     "worst_case_sharpness": {"rho": 0.1, "steps": 3},
+    "radius_profile": {"radii": jnp.array([0.1, 0.2])},
     "m_sharpness": {"rho": 0.1, "m": 4},
     "layer_gradient_norms": {},
     "loss_along": {"direction": PARAMS, "distances": jnp.arange(2.0)},
@@ -475,6 +562,20 @@ def test_bar_closes_after_an_error(capsys):
         jax.jit(lambda w: diagnostics.sharpness(jnp.sum, w, rho=0.1, progress=True))(jnp.ones(2))
 
 
+def test_bar_says_that_it_compiles(capsys):
+    """On the first call alone, and until the first batch is done."""
+
+    def loss(w):
+        return jnp.sum(w**2)
+
+    shown = []
+    for _ in range(2):
+        diagnostics.sharpness(loss, jnp.ones(2), rho=0.1, progress=True)
+        shown.append(capsys.readouterr().err)
+    assert "compiling:   0%" in shown[0]
+    assert "compiling" not in shown[0].rpartition("\r")[2] + shown[1]
+
+
 def test_linen_network():
     model = models_linen.MLP(2)
 
@@ -512,6 +613,16 @@ ERRORS = {
         lambda: diagnostics.hessian_trace(lambda w: (w, 1), 1.0, key=KEY),
     ),
     "rho": (ValueError, "rho must be finite", lambda: diagnostics.sharpness(jnp.sum, X, rho=-1.0)),
+    "radii": (
+        ValueError,
+        "radii must be positive",
+        lambda: diagnostics.radius_profile(jnp.sum, X, radii=[0.0, 0.1]),
+    ),
+    "one radius": (
+        ValueError,
+        "must be a vector",
+        lambda: diagnostics.radius_profile(jnp.sum, X, radii=0.1),
+    ),
     "state": (
         ValueError,
         "has a state",

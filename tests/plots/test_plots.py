@@ -25,6 +25,17 @@ TWO = Spectrum(np.array([[0.0, 10.0]]), np.array([[0.75, 0.25]]))
 HOLED = BOWL._replace(losses=np.where(BOWL.losses > 12, np.inf, BOWL.losses))
 
 
+RadiusProfile = namedtuple("RadiusProfile", "radii surrogate_gap cosine correction curvature moved")
+PROFILE = RadiusProfile(
+    radii=np.array([0.01, 0.1, 1.0, 10.0]),
+    surrogate_gap=np.array([0.01, 0.2, 5.0, np.inf]),
+    cosine=np.array([1.0, 0.9, 0.6, 0.0]),
+    correction=np.array([0.02, 0.2, 2.0, 20.0]),
+    curvature=np.array([1.0, 0.9, 0.6, 0.1]),
+    moved=np.ones(4),
+)
+
+
 @pytest.fixture
 def figure():
     figure = Figure(figsize=(3.5, 2.6), layout="constrained")
@@ -93,6 +104,13 @@ def test_neighbouring_styles_differ_in_colour_and_in_dashes():
         assert one.linestyle != other.linestyle
 
 
+def test_a_path_between_two_solutions_is_one(ax):
+    path = namedtuple("Path", "positions losses")(np.linspace(0, 1, 3), [1.0, 2.0, 1.0])
+    plots.loss_line(ax, path)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), path.positions)
+    assert ax.get_xlabel() == "position (0: start, 1: end)"
+
+
 def test_curves_on_the_same_axes_get_successive_styles(ax):
     for n in range(3):
         plots.loss_line(ax, Line(X, X**2), label=str(n))
@@ -145,6 +163,34 @@ def test_schedules_at_given_steps(ax):
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0, 100, 200])
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [0, 200, 400])
     np.testing.assert_array_equal(ax.lines[1].get_ydata(), [1, 1, 1])
+
+
+# What each radius would do.
+
+
+def test_a_radius_profile_is_drawn_with_the_range_that_does_something_and_is_local(figure, ax):
+    assert plots.radius_profile(ax, PROFILE) is ax
+    figure.canvas.draw()
+    shares = [line.get_ydata() for line in ax.lines]
+    np.testing.assert_array_equal(shares, [PROFILE.cosine, PROFILE.curvature, PROFILE.moved])
+    _, beside = figure.axes
+    np.testing.assert_array_equal(beside.lines[0].get_ydata(), [0.01, 0.2, 5.0, np.nan])
+    assert (ax.get_xscale(), beside.get_yscale()) == ("log", "log")
+    (shaded,) = ax.patches
+    # Of 0.1 and 1, half-way to the neighbours on the logarithmic axis.
+    np.testing.assert_allclose(
+        [shaded.get_x(), shaded.get_x() + shaded.get_width()], [10**-1.5, 10**0.5]
+    )
+    assert len(ax.get_legend().get_texts()) == 4
+
+
+def test_a_radius_profile_without_such_a_range_has_none(figure, ax):
+    plots.radius_profile(
+        ax, PROFILE._replace(correction=np.full(4, 0.01), surrogate_gap=-X[:4] - 2)
+    )
+    assert not ax.patches
+    assert figure.axes[1].get_yscale() == "linear"
+    figure.canvas.draw()
 
 
 # Spectrum.
@@ -316,6 +362,20 @@ def test_layer_norms_over_time_are_found_by_path(ax):
     np.testing.assert_allclose(cells(ax), [[2, 4], [-1, 0.1]], rtol=1e-6)
 
 
+def test_layer_norms_over_time_bring_their_paths(ax):
+    plots.layer_norms(ax, [LayerNorms(PATHS, NORMS[0]), LayerNorms(PATHS[::-1], NORMS[1, ::-1])])
+    np.testing.assert_allclose(cells(ax), [[-1, 0.1], [1, -1], [2, 4]], rtol=1e-6)
+    assert rows(ax) == list(PATHS)
+
+
+def test_maps_with_the_same_limits_have_the_same_colours(figure):
+    maps = figure.subplots(1, 2)
+    for one, norms in zip(maps, ([[1.0, 2.0]], [[3.0, 0.1]]), strict=True):
+        plots.layer_norms(one, ["a", "b"], norms, limits=(0.1, 3.0))
+    for one in maps:
+        assert (one.collections[0].norm.vmin, one.collections[0].norm.vmax) == (0.1, 3.0)
+
+
 def test_cells_are_centred_at_their_epochs(ax):
     plots.layer_norms(ax, ["a"], [[1.0], [2.0], [3.0]], epochs=[0, 10, 30])
     edges = ax.collections[0].get_coordinates()[0, :, 0]
@@ -402,6 +462,17 @@ NOT_FINITE = "infinite or NaN"
         (lambda ax: plots.layer_norms(ax, ["a", "a"], [[1, 2]]), r"more than once: \['a'\]"),
         (lambda ax: plots.layer_norms(ax, ["a"], [LayerNorms(["b"], [1.0])]), "no layer 'a'.* 'b'"),
         (lambda ax: plots.layer_norms(ax, ["a"], [[-1.0]]), "not be negative"),
+        (lambda ax: plots.layer_norms(ax, []), "no norms"),
+        (
+            lambda ax: plots.layer_norms(ax, ["a"], [[1.0]], limits=(0, 1)),
+            "limits must be positive",
+        ),
+        (
+            lambda ax: plots.layer_norms(ax, ["a"], [[1.0]], limits=(2, 1)),
+            "limits must .* increase",
+        ),
+        (lambda ax: plots.radius_profile(ax, PROFILE._replace(radii=X)), "radii must be positive"),
+        (lambda ax: plots.radius_profile(ax, PROFILE._replace(moved=Y)), r"moved must .* of radii"),
         (lambda ax: plots.layer_norms(ax, ["a"], [[0.0]]), "No norm is positive"),
         (lambda ax: plots.layer_norms(ax, PATHS, NORMS, epochs=[1]), r"epochs .* \(2,\)"),
         (lambda ax: plots.layer_norms(ax, PATHS, NORMS, selected=[[True]]), "selected must have"),
@@ -420,6 +491,7 @@ def test_wrong_values_are_named(ax, draw, message):
         (lambda ax: plots.schedules(ax, {"a": "b"}, 5), r"schedules\['a'\] must be a real scalar"),
         (lambda ax: plots.schedules(ax, {"a": 1.0}, [0.5, 1.0]), "must be integers"),
         (lambda ax: plots.layer_norms(ax, "ab", [[1, 2]]), "sequence of strings"),
+        (lambda ax: plots.layer_norms(ax, PATHS), r"layer_norms\(ax, paths, norms\)"),
         (lambda ax: plots.layer_norms(ax, PATHS, LayerNorms(PATHS, NORMS[0])), "array of numbers"),
         (lambda ax: plots.layer_norms(ax, PATHS, NORMS, selected=NORMS), "must hold booleans"),
     ],

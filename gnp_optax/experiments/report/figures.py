@@ -102,14 +102,17 @@ def curves(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
 
 
 def early(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
-    """Draw what an adaptive optimizer sees in the warmup and as long again."""
+    """Draw what an adaptive optimizer sees in the warmup and as long again: a point an epoch.
+
+    Of plain training, GR with its warmups and SAM, as far as they were run: more are a tangle.
+    """
+    named = [m for m in methods(runs) if m in ("plain", "sam") or m.startswith("gr")]
     canvas, panels = drawing.canvas(len(_EARLY), 5.0 * len(_EARLY), 4.8)
     for axes, (key, label) in zip(panels, _EARLY, strict=True):
-        for method in methods(runs):
+        for method in named or methods(runs):
             chosen = [[e for e in run if e["early"]] for run in _runs_of(runs, method)]
-            values = np.array([[x for epoch in run for x in epoch["early"][key]] for run in chosen])
-            each = len(chosen[0][0]["early"][key])
-            _band(axes, np.arange(values.shape[1]) / each, values, method)
+            values = np.array([[np.mean(e["early"][key]) for e in run] for run in chosen])
+            _band(axes, np.arange(values.shape[1]) + 0.5, values, method)
         _finish(axes, label, warmup_epochs, is_log=True)
     drawing.save(canvas, panels[0], title, path, columns=4)
 
@@ -123,13 +126,17 @@ def layers(runs: Runs, title: str, path: Path) -> None:
     columns = min(len(shown), 3)
     rows = -(-len(shown) // columns)
     canvas, panels = drawing.canvas(len(shown), 5.0 * columns, 7.0 * rows, rows=rows)
-    for axes, method in zip(panels, shown, strict=True):
-        run = _runs_of(runs, method)[0]
-        names = sorted(run[0]["layer_norms"], key=_natural)
+    first = {method: _runs_of(runs, method)[0] for method in shown}
+    names = sorted(first[shown[0]][0]["layer_norms"], key=_natural)
+    every = [x for run in first.values() for epoch in run for x in epoch["layer_norms"].values()]
+    positive = [x for x in every if 0 < x < np.inf]
+    for axes, (method, run) in zip(panels, first.items(), strict=True):
         norms = np.array([[epoch["layer_norms"][name] for name in names] for epoch in run])
         chosen = [epoch["perturbed_layers"] or () for epoch in run]
         selected = np.array([[name in layers for name in names] for layers in chosen])
-        plots.layer_norms(axes, names, norms, selected=selected if selected.any() else None)
+        dots = selected if selected.any() else None
+        limits = min(positive), max(positive)  # in all panels the same colours
+        plots.layer_norms(axes, names, norms, selected=dots, limits=limits)
         axes.set_title(STYLES[method][0], fontsize=9)
     canvas.suptitle(f"{title.partition(',')[0]}, first seed", fontsize=11)
     canvas.savefig(path)
