@@ -17,7 +17,6 @@ from gnp_optax.experiments.models.transformers import GPT, ViT
 from gnp_optax.masks import _flops
 
 KEY = jax.random.key(0)
-BATCHES = (4, 128)
 
 
 def compiled(fun, *args):
@@ -63,6 +62,8 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_operations_of_a_small_program(name):
+    if name == "zeros" and jax.__version_info__ < (0, 7):
+        pytest.skip("an older XLA divides every zero")
     fun, *args = PROGRAMS[name]
     np.testing.assert_allclose(_flops.flops(fun, *args), compiled(fun, *args), rtol=0.1, atol=20)
 
@@ -164,9 +165,12 @@ def graph(batch):
     return logits, params, (jnp.ones((nodes, width)),), "^(layer_1|head)"
 
 
-@pytest.mark.exhaustive(but=["4-perceptron"])
-@pytest.mark.parametrize("build", [perceptron, vit, resnet, gpt, experts, recurrent, graph])
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.exhaustive(but=["perceptron-4"])
+@pytest.mark.parametrize(
+    ("build", "batch"),
+    [(perceptron, 4), (perceptron, 128), (vit, 4), (resnet, 4), (gpt, 4), (experts, 4)]
+    + [(recurrent, 4), (graph, 4)],
+)
 def test_cost_is_what_the_compiler_counts(build, batch):
     """Also for few examples, where arithmetic on the parameters and random bits weigh."""
     logits, params, args, regex = build(batch)
