@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -22,6 +23,21 @@ def execute_module():
     return module
 
 
+def shorter(source):
+    """Train a quarter as long, with two seeds: the stored outputs are of the whole."""
+
+    def changed(line):
+        names, values = line[1].split(", "), map(str.strip, line[2].split(", "))
+        return ", ".join(names) + " = " + ", ".join(map(small, names, values))
+
+    def small(name, value):
+        if name.endswith(("EPOCHS", "STEPS")):
+            return str(-(-int(value) // 4))
+        return "2" if name == "SEEDS" else value
+
+    return re.sub(r"^([A-Z_, ]+) = (.+)  # @param$", changed, source, flags=re.MULTILINE)
+
+
 @pytest.mark.exhaustive(but=["quickstart"])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 # The Jupyter client's own: it still asks asyncio for its event loop policy.
@@ -29,6 +45,8 @@ def execute_module():
 def test_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    for cell in notebook.cells:
+        cell.source = shorter(cell.source)
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
