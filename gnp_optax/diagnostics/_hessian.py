@@ -74,6 +74,7 @@ def hessian_eigenvalues(
             the mask selects nothing; if the arguments cannot be split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> loss = lambda w: (3 * w["a"] ** 2 + w["b"] ** 2).sum() / 2
         >>> found = hessian_eigenvalues(loss, {"a": jnp.ones(1), "b": jnp.ones(1)}, k=2)
         >>> [round(float(x), 4) for x in found.eigenvalues]
@@ -147,6 +148,7 @@ def hessian_trace(
         ValueError: If the mask selects nothing; if the arguments cannot be split.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> loss = lambda w: (3 * w["a"] ** 2 + w["b"] ** 2).sum() / 2
         >>> params = {"a": jnp.ones(1), "b": jnp.ones(1)}
         >>> found = hessian_trace(loss, params, key=jax.random.key(0))
