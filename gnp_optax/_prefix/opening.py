@@ -38,18 +38,10 @@ def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
 
     for eqn in jaxpr.eqns:
         given = [value(v) for v in eqn.invars]
-        found, why = None, None
-        depends = any(x.depends for x in given)
-        if depends:
-            with source_info_util.user_context(eqn.source_info.traceback):  # the user's line
-                try:
-                    found = _rewritten(eqn, given)
-                except jaxprs.Uncut as uncut:
-                    why = str(uncut)
-        if found is None:
-            if depends:
-                refusals.add(eqn, why)
-            found = layerwise.evaluated(jaxpr, eqn, given)
+        with source_info_util.user_context(eqn.source_info.traceback):  # the user's line, not ours
+            found = _rewritten(eqn, given) if any(x.depends for x in given) else None
+            if found is None:
+                found = layerwise.evaluated(jaxpr, eqn, given)
         env.update(zip(eqn.outvars, found, strict=True))
     return [value(v) for v in jaxpr.outvars]
 
@@ -57,12 +49,17 @@ def _run(closed: core.ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
 def _rewritten(eqn: core.JaxprEqn, given: list[Value]) -> list[Value] | None:
     """Return the results of an equation that could be opened or cut."""
     name = eqn.primitive.name
-    if name in jaxprs.JIT:
-        return _inlined(eqn, given)
-    if name in jaxprs.CHECKPOINT:
-        return _two_checkpoints(eqn, given)
-    if name == "scan":
-        return loops.in_two(eqn, given, _run)
+    try:
+        if name in jaxprs.JIT:
+            return _inlined(eqn, given)
+        if name in jaxprs.CHECKPOINT:
+            return _two_checkpoints(eqn, given)
+        if name == "scan":
+            return loops.in_two(eqn, given, _run)
+    except jaxprs.Uncut as why:
+        refusals.add(eqn, str(why))
+        return None
+    refusals.add(eqn)
     return None
 
 

@@ -168,8 +168,10 @@ def graph(batch):
 @pytest.mark.exhaustive(but=["perceptron-4"])
 @pytest.mark.parametrize(
     ("build", "batch"),
-    [(perceptron, 4), (perceptron, 128), (vit, 4), (resnet, 4), (gpt, 4), (experts, 4)]
-    + [(recurrent, 4), (graph, 4)],
+    [
+        *((perceptron, 4), (perceptron, 128), (vit, 4), (resnet, 4)),
+        *((gpt, 4), (experts, 4), (recurrent, 4), (graph, 4)),
+    ],
 )
 def test_cost_is_what_the_compiler_counts(build, batch):
     """Also for few examples, where arithmetic on the parameters and random bits weigh."""

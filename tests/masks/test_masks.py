@@ -330,6 +330,17 @@ def test_cost_counts_a_loop_as_often_as_it_runs():
     assert abs(masks.cost(loss, params, masks.by_path("head"), x) - (1 + 1 / 16)) < 0.02
 
 
+def test_the_last_layers_cost_the_same_along_another_axis():
+    def loss(params, x):
+        stack = jnp.moveaxis(params["stack"], 1, 0)
+        h, _ = jax.lax.scan(lambda h, kernel: (jnp.tanh(h @ kernel), None), x, stack)
+        return jnp.sum(h**2)
+
+    params, x = {"stack": jnp.zeros((64, 8, 64))}, jnp.zeros((512, 64))
+    cost = masks.cost(loss, params, masks.stacked("^stack", last=2, axis=1), x)
+    assert abs(cost - (1 + 2 / 8)) < 0.03
+
+
 def test_cost_counts_a_mixture_of_experts_as_what_it_multiplies():
     groups = np.full(4, 16)
     params = {f"layer_{i}": jnp.ones((4, 32, 32)) for i in range(3)} | {"head": jnp.ones((32, 8))}
