@@ -18,7 +18,7 @@ assert (package / "py.typed").exists()
 metadata = importlib.metadata.metadata("gnp-optax")
 assert metadata["Version"] == gnp.__version__
 python = "Programming Language :: Python :: {}.{}".format(*sys.version_info)
-assert python in metadata.get_all("Classifier"), python
+assert python in metadata.get_all("Classifier"), f"{python!r} is no classifier in pyproject.toml"
 # Links, but those inside of code.
 text = re.sub(r"```.*?```|`[^`]*`", "", metadata.get_payload(), flags=re.DOTALL)
 links = re.findall(r"\]\((.*?)\)", text)

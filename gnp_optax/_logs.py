@@ -38,7 +38,8 @@ def report_as_dict(
 
     Returns:
         The fields of `gnp.Report`, or, of `gnp.momentum_sam`, `grad_norm`, `perturbation_norm` and
-        `radius`. Python floats, and under `jit` float32 scalars; `perturbed` is 0 or 1.
+        `radius`. `grad_norm` is over all leaves in a state, over those under the mask in a report.
+        Python floats, and under `jit` float32 scalars; `perturbed` is 0 or 1.
 
     Raises:
         ValueError: If there is no report and no state, or several; if they are not of one step, as

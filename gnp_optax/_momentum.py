@@ -148,6 +148,7 @@ def perturbed(
         The perturbed parameters; after `init`, and where the radius is 0, the parameters.
 
     Raises:
+        TypeError: If a module stands in place of its parameters.
         ValueError: If the state has none of `momentum_sam`, or several; if the parameters are not
             those that it was made for.
 

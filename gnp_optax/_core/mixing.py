@@ -22,7 +22,7 @@ def unless_zero(
     Decided in Python for a number, by `lax.cond` for a traced alpha.
     """
     if isinstance(alpha, jax.core.Tracer):
-        # In a branch, a CPU computes no other convolutions quickly.
+        # In a branch, a CPU computes convolutions of any other form slowly.
         found: Found = jax.lax.cond(_is_zero(alpha) == 1, skip, canonical_convolutions(run))
         return found
     return skip() if is_known_to_be(0, alpha) else run()

@@ -5,6 +5,7 @@ an equation on one layer. The other changes the view of the layers.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ from jax.extend import core
 
 from gnp_optax._prefix import indices, jaxprs, values, views
 from gnp_optax._prefix.values import Value
+
+# Of an equation with more parameters than that, as a convolution, the search would take seconds.
+_MOST_CHOICES = 64
 
 
 def evaluated(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, given: list[Value]) -> list[Value]:
@@ -124,6 +128,8 @@ def _parameters_of_one(eqn: core.JaxprEqn, axis: int, out_axis: int) -> Iterator
     for value in eqn.params.values():
         candidates = [value, _without_axis(value, axis), *_without_size(value, {axis, out_axis})]
         choices.append([x for i, x in enumerate(candidates) if _is_new(x, candidates[:i])])
+    if math.prod(map(len, choices)) > _MOST_CHOICES:
+        return
     for params in itertools.product(*choices):
         yield dict(zip(names, params, strict=True))
 

@@ -53,7 +53,7 @@ def check_perturbed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> None
         ValueError: The step takes its gradient at the parameters, not at the perturbed ones: ...
     """
     given = (args, kwargs)
-    states = _memories(given)
+    states = nodes.inside(given, MomentumSAMState)
     if not states:
         raise ValueError(
             "No argument of the step holds a state of gnp.momentum_sam: pass those that the step "
@@ -64,7 +64,7 @@ def check_perturbed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> None
             "The next step has no perturbation, so that nothing can be seen: before the first step "
             "nothing is remembered, and where rho is 0 nothing is perturbed. Call it later."
         )
-    first, second = (_memories(_run(step, given, sign)) for sign in (1, -1))
+    first, second = (nodes.inside(_run(step, given, sign), MomentumSAMState) for sign in (1, -1))
     if not first:
         raise ValueError(
             "Nothing that the step returns holds a state of gnp.momentum_sam: let it return the "
@@ -82,10 +82,6 @@ def check_perturbed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> None
 
 def _is_memory(node: Any) -> bool:
     return isinstance(node, MomentumSAMState)
-
-
-def _memories(tree: PyTree) -> list[MomentumSAMState]:
-    return nodes.inside(tree, MomentumSAMState)
 
 
 def _run(step: Callable[..., Any], given: PyTree, sign: int) -> Any:

@@ -1,11 +1,8 @@
 """The comparison: train every method with every seed, and report."""
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
-import os
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -157,54 +154,27 @@ def _train(config: Config, groups: list[tuple[Method, list[int]]], records: Reco
     part = jax.process_index(), jax.process_count()
     trainer = Trainer(config, load(config, part))
     total = sum(config.own(method).epochs for method, _ in groups)
-    writing, stopped = threading.Lock(), threading.Event()
-
-    def train(group: tuple[Method, list[int]]) -> None:
-        method, seeds = group
-        named = f"{method}, seed {seeds[0]}" if len(seeds) == 1 else f"{method}, {len(seeds)} seeds"
-        # Of several processes, not all may see the folder.
-        alone = jax.process_count() == 1
-        checkpoint = Checkpoint(config, method, seeds) if alone else None
-        epochs = []
-        with writing:
-            bar.set_description(f"{named}: compiling")
-        for each in trainer.run(method, seeds, checkpoint):
-            epochs.append(each)
-            with writing:
-                bar.set_description(named, refresh=False)
+    with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
+        for method, seeds in groups:
+            named = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+            bar.set_description(f"{method}, {named}: compiling")
+            # Of several processes, not all may see the folder.
+            alone = jax.process_count() == 1
+            checkpoint = Checkpoint(config, method, seeds) if alone else None
+            epochs = []
+            for each in trainer.run(method, seeds, checkpoint):
+                epochs.append(each)
+                bar.set_description(f"{method}, {named}", refresh=False)
                 error = sum(metrics["test_error"] for metrics in each) / len(each)
                 if error == error:
                     bar.set_postfix_str(f"test error {error:.1f} %", refresh=False)
                 bar.update()
-            if stopped.is_set():
-                return
-        if records:
-            finished = {(method, seed): [x[i] for x in epochs] for i, seed in enumerate(seeds)}
-            with writing:
-                records.append(finished)
-        if checkpoint:
-            checkpoint.remove()
-
-    with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
-        at_once = _at_once(config)
-        if at_once == 1:  # here, where an interruption need not wait for the end of an epoch
-            for group in groups:
-                train(group)
-            return
-        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-            runs = [pool.submit(train, group) for group in groups]
-            try:
-                for run in runs:
-                    run.result()
-            finally:  # after an error, or an interruption, the others stop as well
-                stopped.set()
-                pool.shutdown(cancel_futures=True)
-
-
-def _at_once(config: Config) -> int:
-    """Return how many methods are trained at the same time: small networks fill no second core."""
-    is_small = config.seeds_together and jax.default_backend() == "cpu"
-    return min(4, os.cpu_count() or 1) if is_small else 1
+            if records:
+                records.append(
+                    {(method, seed): [x[i] for x in epochs] for i, seed in enumerate(seeds)}
+                )
+            if checkpoint:
+                checkpoint.remove()
 
 
 def _reported(config: Config, runs: table.Runs) -> str:

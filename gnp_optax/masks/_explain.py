@@ -113,7 +113,8 @@ def explain(
 
         divided = parts.divide(params)
         cut = _prefix.cut(loss, *divided)
-        shared = _flops.flops(cut.prefix, divided[1]) / _flops.flops(loss, *divided)
+        # Of a loss without arithmetic, as one of exponentials alone, none is counted.
+        shared = _flops.flops(cut.prefix, divided[1]) / max(1.0, _flops.flops(loss, *divided))
         found.append(Explanation(cost, shared, cut.begins, cut.not_cut))
 
     jax.eval_shape(look, params, *args)

@@ -39,9 +39,9 @@ def radius_profile(ax: Axes, profile: RadiusProfile) -> Axes:
 
     On the left axis the cosine between both gradients, what of the correction is curvature, and the
     share of the weights that move; on a second, logarithmic one on the right the growth of the
-    loss, where it grows. Shaded is
-    the range in which r does something and is still local: the correction is at least a tenth of
-    the gradient, and at least half of it is curvature. The range may be empty.
+    loss, where it grows. Shaded is the range in which r does something and is still local: the
+    correction is at least a tenth of the gradient, and at least half of it is curvature. The range
+    may be empty.
 
     Args:
         ax: Axes to draw into; a legend is added.

@@ -13,7 +13,7 @@ from models.problems import Quadratic, mlp, residual
 from models.unshared import assert_same_tree, unshared
 
 import gnp_optax as gnp
-from gnp_optax.masks._cost import flops
+from gnp_optax.masks._flops import flops
 
 
 def state_of(opt_state):

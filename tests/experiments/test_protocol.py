@@ -226,7 +226,7 @@ def test_a_method_with_a_memory_is_the_loop_written_by_hand(small, method, decay
         MLP,
         seeds_together=False,
         label_noise=0.0,
-        budget=1.2,
+        budget=1.1,
         r=0.3,
         warmup_epochs=0,
         optimizer="sgd",

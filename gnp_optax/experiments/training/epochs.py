@@ -103,7 +103,7 @@ class Epochs:
                 next_state, measured = lifted(state, train, batches)
                 return next_state, measured
 
-            # A CPU computes others slowly inside a loop.
+            # Inside a loop, a CPU computes convolutions of any other form slowly.
             canonical = gnp.canonical_convolutions(step)
 
             def epoch(state: State, *inputs: Any) -> tuple[State, Any]:

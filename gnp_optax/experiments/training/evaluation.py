@@ -54,7 +54,7 @@ class Evaluation:
         }
 
     def _of_split(self, state: Any, split: Split) -> Floats:
-        """One call for each batch: on a CPU, convolutions are slow inside a compiled loop."""
+        """One call for each batch, of which the last may be smaller."""
         parts = [
             self._count(
                 state.params,

@@ -21,6 +21,10 @@ from gnp_optax import __version__
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.methods import Method
 
+# It can only be read by setting it: once, before there are threads.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 Metrics = dict[str, Any]
 Run = tuple[Method, int]
 Epoch = list[Metrics]  # of every seed of a run
@@ -164,17 +168,11 @@ def replace(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(0o666 & ~_UMASK)
             temporary.replace(path)  # a rename, which is atomic
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:
