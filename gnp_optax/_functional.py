@@ -90,8 +90,9 @@ def value_and_grad(
             of what comes before the cut.
         has_aux: Whether `fun` returns `(loss, aux)`.
         return_report: Whether to return a `gnp.Report` as well: norms, perturbed loss and cosine of
-            the gradients that are there anyway, those of the leaves under the mask. That costs a few operations for each parameter and
-            each example, and for alpha = 1 the memory of g, else let go before the second pass.
+            the gradients that are there anyway, of the leaves under the mask. That costs a few
+            operations for each parameter and each example, and for alpha = 1 the memory of g, else
+            let go before the second pass.
 
     Returns:
         A function of `(params, *args, **kwargs)` that returns `(value, g_reg)`, or
