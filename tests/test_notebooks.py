@@ -1,7 +1,6 @@
 """Every notebook runs from top to bottom, and is stored with the outputs of its code."""
 
 import importlib.util
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -50,8 +49,7 @@ def test_notebook_runs(path, tmp_path):
     client = nbclient.NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
-    # Trained as a user trains: quicker compilation, which the other tests ask for, is slower here.
-    client.execute(env={**os.environ, "XLA_FLAGS": ""})
+    client.execute()
     warned = [
         output["text"]
         for cell in notebook.cells
