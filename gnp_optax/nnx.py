@@ -64,7 +64,8 @@ def value_and_grad(
         `optimizer.update(model, grads)`. With `return_report` the report is a third.
 
     Raises:
-        TypeError, ValueError: As `gnp_optax.value_and_grad`; if `wrt` matches no variable.
+        TypeError, ValueError: As `gnp_optax.value_and_grad`; if `wrt` matches no variable, or
+            `model` is a module of another library.
 
     Example:
         >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
@@ -185,6 +186,7 @@ def perturbed(
         A module of the same kind.
 
     Raises:
+        TypeError: If `model` is a module of another library.
         ValueError: As `gnp_optax.perturbed`.
 
     Example:

@@ -46,6 +46,9 @@ def canonical_convolutions(fun: Callable[P, T]) -> Callable[P, T]:
         order, everything else is the same to the bit. It can be compiled, differentiated and mapped
         like any other.
 
+    Raises:
+        Exception: As `fun`.
+
     Example:
         >>> import jax.numpy as jnp
         >>> def loss(kernel, images):

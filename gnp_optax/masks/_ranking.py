@@ -44,7 +44,8 @@ def top_k_layers(
         selected.
 
     Raises:
-        TypeError: If `grads` is traced: the selection has to be known when a step is compiled.
+        TypeError: If `grads` is traced: the selection has to be known when a step is compiled; or a
+            module.
         ValueError: If there are fewer than `k` layers, or a layer's gradient is not finite; if no
             layer fits into the budget.
 
