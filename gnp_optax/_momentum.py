@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gnp_optax._core import checks, nodes, numerics, paths, perturbation, selection
+from gnp_optax._core import checks, nodes, numerics, paths, perturbation, selection, strength
 from gnp_optax._core.selection import Mask
 
 PyTree = Any
@@ -300,9 +300,7 @@ def _change(params: PyTree, moved: PyTree) -> jax.Array:
 
 
 def _at(rho: optax.ScalarOrSchedule, step: jax.Array) -> jax.Array:
-    radius = rho(step) if callable(rho) else rho
-    checks.check_scalar("rho(step)" if callable(rho) else "rho", radius)
-    return jnp.asarray(radius, jnp.result_type(float))
+    return jnp.asarray(strength.at("rho", rho, step), jnp.result_type(float))
 
 
 def _is_absent(momentum: Any) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import reprlib
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -129,7 +128,7 @@ def check_parameters(params: Any, *, but: str = "") -> None:
     The arrays of an Equinox module alone, as `eqx.filter` leaves them, are parameters.
     """
     for library, (home, advice) in _MODULES.items():
-        kind = _named(home, "Module")
+        kind = nodes.kind_of(home, "Module")
         if kind is not None and library != but:
             for module in nodes.inside(params, kind):
                 if library != "Equinox" or not _has_only_arrays(module):
@@ -142,15 +141,10 @@ def check_parameters(params: Any, *, but: str = "") -> None:
 def adapter_of(params: Any) -> str | None:
     """Return the module of this package whose `value_fn` makes a loss of such parameters."""
     for adapter, home, name in (("nnx", "flax.nnx", "State"), ("equinox", "equinox", "Module")):
-        kind = _named(home, name)
+        kind = nodes.kind_of(home, name)
         if kind is not None and isinstance(params, kind):
             return adapter
     return None
-
-
-def _named(home: str, name: str) -> Any:
-    # Only a program that has imported a library can hold its objects: never import it here.
-    return vars(sys.modules[home]).get(name) if home in sys.modules else None
 
 
 def _has_only_arrays(tree: Any) -> bool:

@@ -1,9 +1,10 @@
 """Names of leaves, the same for every library's parameter trees."""
 
-import sys
 from typing import Any
 
 import jax
+
+from gnp_optax._core import nodes
 
 PyTree = Any
 
@@ -15,9 +16,9 @@ def leaf_paths(tree: PyTree) -> list[str]:
     list: `blocks_0/attention/kernel`, so that a list of modules in NNX or Equinox has the same
     paths as in linen. The box of an NNX `Variable` or of `nn.Partitioned` is no part of a path.
     """
-    nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
     paths: list[str] = []
-    for path, node in nodes:
+    for path, node in found:
         paths += [_join(path)] * len(jax.tree.leaves(node))
     return paths
 
@@ -38,11 +39,10 @@ def _join(path: tuple[Any, ...]) -> str:
 
 def is_box(node: object) -> bool:
     """Whether a node of a tree is the box of a leaf: an NNX `Variable`, an `nn.Partitioned`."""
-    # Only a program that has imported Flax can hold its boxes: never import it here.
     names = (
         ("flax.nnx", "Variable"),
         ("flax.nnx", "VariableState"),
         ("flax.core.meta", "AxisMetadata"),
     )
-    found = (vars(sys.modules[m]).get(name) for m, name in names if m in sys.modules)
+    found = (nodes.kind_of(home, name) for home, name in names)
     return isinstance(node, tuple(box for box in found if box is not None))
