@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from gnp_optax.experiments.data.loading import load
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.recipes import RECIPES, named
 from gnp_optax.experiments.report import figures, summary, table
-from gnp_optax.experiments.training import devices
+from gnp_optax.experiments.training import devices, workers
 from gnp_optax.experiments.training.checkpoints import Checkpoint, remove_finished
-from gnp_optax.experiments.training.records import Records, Run, held
+from gnp_optax.experiments.training.records import Epoch, Records, Run, held
 from gnp_optax.experiments.training.trainer import Trainer
+from gnp_optax.experiments.training.workers import Group
 
 DESCRIPTION = f"""Train a model once per method and seed, and compare.
 
@@ -50,7 +51,7 @@ def run(args: Sequence[str]) -> None:
     start = time.perf_counter()
     config = parse(args)
     devices.connect(config)
-    print(compare(config), end="")
+    print(compare(config, spawns=True), end="")
     if devices.is_first():
         minutes = (time.perf_counter() - start) / 60
         print(
@@ -110,18 +111,20 @@ def _from_command_line(args: Sequence[str], default: Config) -> Config:
     return Config(**{k: v for field in parts for k, v in vars(getattr(found, field)).items()})
 
 
-def compare(config: Config) -> str:
+def compare(config: Config, *, spawns: bool = False) -> str:
     """Do all runs that are not done yet, write the results, and return the table.
 
-    Of several processes, all train and the first one writes; the others return nothing.
+    With `spawns` it starts processes of its own where several small runs at a time are faster. Of
+    the processes of a distributed run, all train and the first one writes; the others return
+    nothing.
     """
     if not devices.is_first():
-        return _compared(config, None)
+        return _compared(config, None, spawns)
     with held(config.folder):
-        return _compared(config, Records(config))
+        return _compared(config, Records(config), spawns)
 
 
-def _compared(config: Config, records: Records | None) -> str:
+def _compared(config: Config, records: Records | None, spawns: bool) -> str:
     # Seeds outermost: what slows the machine down for a while then slows all methods alike.
     wanted = [(method, seed) for seed in range(config.seeds) for method in config.methods]
     done = [run in records.runs for run in wanted] if records else None
@@ -133,14 +136,15 @@ def _compared(config: Config, records: Records | None) -> str:
         if config.keep_parameters:
             print("Of these, --keep-parameters keeps nothing: for that they would be done again.")
     if missing:
-        _train(config, _grouped(config, missing), records)
+        groups = _grouped(config, missing)
+        _train(config, groups, records, workers.count(config, groups) if spawns else 1)
     if records is None:
         return ""
     remove_finished(config, records.runs)
     return _reported(config, {run: records.runs[run] for run in wanted})
 
 
-def _grouped(config: Config, missing: list[Run]) -> list[tuple[Method, list[int]]]:
+def _grouped(config: Config, missing: list[Run]) -> list[Group]:
     """Return the runs by method and seeds that are trained at once."""
     if not config.seeds_together:
         return [(method, [seed]) for method, seed in missing]
@@ -150,31 +154,37 @@ def _grouped(config: Config, missing: list[Run]) -> list[tuple[Method, list[int]
     return list(seeds.items())
 
 
-def _train(config: Config, groups: list[tuple[Method, list[int]]], records: Records | None) -> None:
-    part = jax.process_index(), jax.process_count()
-    trainer = Trainer(config, load(config, part))
+def _train(config: Config, groups: list[Group], records: Records | None, processes: int) -> None:
     total = sum(config.own(method).epochs for method, _ in groups)
+    if processes > 1:
+        events = workers.train(config, groups, processes)
+    else:
+        part = jax.process_index(), jax.process_count()
+        events = workers.steps(Trainer(config, load(config, part)), groups)
+    epochs: dict[Method, list[Epoch]] = {}  # of what is being trained
     with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
-        for method, seeds in groups:
-            named = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
-            bar.set_description(f"{method}, {named}: compiling")
-            # Of several processes, not all may see the folder.
-            alone = jax.process_count() == 1
-            checkpoint = Checkpoint(config, method, seeds) if alone else None
-            epochs = []
-            for each in trainer.run(method, seeds, checkpoint):
-                epochs.append(each)
-                bar.set_description(f"{method}, {named}", refresh=False)
-                error = sum(metrics["test_error"] for metrics in each) / len(each)
-                if error == error:
-                    bar.set_postfix_str(f"test error {error:.1f} %", refresh=False)
-                bar.update()
-            if records:
-                records.append(
-                    {(method, seed): [x[i] for x in epochs] for i, seed in enumerate(seeds)}
-                )
-            if checkpoint:
-                checkpoint.remove()
+        for (method, seeds), epoch in events:
+            if epoch is None:
+                epochs[method] = []
+                bar.set_description(f"{_named(epochs, seeds)}: compiling")
+                continue
+            epochs[method].append(epoch)
+            bar.set_description(_named(epochs, seeds), refresh=False)
+            error = sum(metrics["test_error"] for metrics in epoch) / len(epoch)
+            if error == error:
+                bar.set_postfix_str(f"test error {error:.1f} %", refresh=False)
+            bar.update()
+            if len(epochs[method]) == config.own(method).epochs:
+                run = epochs.pop(method)
+                if records:
+                    records.append(
+                        {(method, seed): [x[i] for x in run] for i, seed in enumerate(seeds)}
+                    )
+                    Checkpoint(config, method, seeds).remove()
+
+
+def _named(methods: Iterable[Method], seeds: list[int]) -> str:
+    return ", ".join([*methods, f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"])
 
 
 def _reported(config: Config, runs: table.Runs) -> str:

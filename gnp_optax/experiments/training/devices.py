@@ -1,5 +1,7 @@
 """The devices that share a batch: one, or all of all processes."""
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +38,19 @@ def agreed(flags: list[bool] | None, count: int) -> list[bool]:
     """Return the flags of the first process, in every process."""
     own = np.zeros(count, bool) if flags is None else np.asarray(flags)
     return [bool(flag) for flag in multihost_utils.broadcast_one_to_all(own)]
+
+
+def cpu_cores() -> list[int]:
+    """Return those that this process may use, by whose number JAX splits its work, and rounds."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return sorted(os.sched_getaffinity(0))
+    return [*range(os.cpu_count() or 1)]
+
+
+def jit(fun: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function. For a CPU it takes XLA half of the time at level 2, to the same speed."""
+    level = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
+    return jax.jit(fun, compiler_options=level, **options)
 
 
 class Devices:

@@ -11,6 +11,7 @@ import numpy as np
 import gnp_optax as gnp
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
+from gnp_optax.experiments.training.devices import jit
 from gnp_optax.experiments.training.evaluation import Lift, early_statistics
 from gnp_optax.experiments.training.steps import Kind, Scheduled, State, Steps
 
@@ -36,13 +37,13 @@ class Epochs:
         lift: Lift,
         replicated: Any,
     ) -> None:
-        self.compiled: dict[Any, Callable[..., Any]] = {}
+        self.compiled: dict[Kind, Callable[..., Any]] = {}
         self._steps, self._config, self._shape = steps, config, shape
         self._steps_per_epoch = steps_per_epoch
         self._replicated = replicated
         self.stride = -(-steps_per_epoch // _SAMPLES)
         self._lift = lift
-        self._shuffle = jax.jit(lift(self._batches, (0,)))
+        self._shuffle = jit(lift(self._batches, (0,)))
 
     def train(
         self, state: State, train: Split, scheduled: Scheduled, kind: Kind
@@ -78,42 +79,45 @@ class Epochs:
     def _compile(self, inputs: tuple[Any, ...], kind: Kind) -> Callable[..., Any]:
         """Compile before the clock runs."""
         if kind not in self.compiled:
-
-            def of_run(
-                state: State, train: Split, batches: jax.Array, at: Scheduled
-            ) -> tuple[State, Any]:
-                i = state.step % self._steps_per_epoch
-                keys = jax.random.split(jax.random.fold_in(state.key, state.step))
-                # Each device takes its own examples out of its own part.
-                chosen = Split(*(joined(jax.vmap(lambda x, i: x[i])(x, batches[i])) for x in train))
-                images = self._steps.network.data.augment(keys[0], chosen.images)
-                batch = chosen._replace(images=images)
-                loss, grads, state = self._steps.take(state, batch, keys[1], at, kind)
-                optimizer = self._config.optimizer
-                early = early_statistics(optimizer, at.is_sampled, grads, state.opt_state)
-                return state, (loss, early)
-
-            def step(
-                state: State, train: Split, batches: jax.Array, scheduled: Scheduled
-            ) -> tuple[State, Any]:
-                at = Scheduled(*(x[state.step % self._steps_per_epoch] for x in scheduled))
-                at = at if kind.alpha is None else at._replace(alpha=kind.alpha)
-                run = functools.partial(of_run, at=at)
-                lifted = self._lift(run, (TOGETHER, Split._make([None, 0]), 0), (TOGETHER, 0))
-                next_state, measured = lifted(state, train, batches)
-                return next_state, measured
-
-            # Inside a loop, a CPU computes convolutions of any other form slowly.
-            canonical = gnp.canonical_convolutions(step)
-
-            def epoch(state: State, *inputs: Any) -> tuple[State, Any]:
-                return jax.lax.scan(
-                    lambda state, _: canonical(state, *inputs), state, length=self._steps_per_epoch
-                )
-
-            program = jax.jit(epoch, out_shardings=self._replicated)
-            self.compiled[kind] = program.lower(*inputs).compile()
+            self.compiled[kind] = self._program(kind).lower(*inputs).compile()
         return self.compiled[kind]
+
+    def _program(self, kind: Kind) -> Any:
+        """Return an epoch of that kind, jitted."""
+
+        def of_run(
+            state: State, train: Split, batches: jax.Array, at: Scheduled
+        ) -> tuple[State, Any]:
+            i = state.step % self._steps_per_epoch
+            keys = jax.random.split(jax.random.fold_in(state.key, state.step))
+            # Each device takes its own examples out of its own part.
+            chosen = Split(*(joined(jax.vmap(lambda x, i: x[i])(x, batches[i])) for x in train))
+            images = self._steps.network.data.augment(keys[0], chosen.images)
+            batch = chosen._replace(images=images)
+            loss, grads, state = self._steps.take(state, batch, keys[1], at, kind)
+            optimizer = self._config.optimizer
+            early = early_statistics(optimizer, at.is_sampled, grads, state.opt_state)
+            return state, (loss, early)
+
+        def step(
+            state: State, train: Split, batches: jax.Array, scheduled: Scheduled
+        ) -> tuple[State, Any]:
+            at = Scheduled(*(x[state.step % self._steps_per_epoch] for x in scheduled))
+            at = at if kind.alpha is None else at._replace(alpha=kind.alpha)
+            run = functools.partial(of_run, at=at)
+            lifted = self._lift(run, (TOGETHER, Split._make([None, 0]), 0), (TOGETHER, 0))
+            next_state, measured = lifted(state, train, batches)
+            return next_state, measured
+
+        # Inside a loop, a CPU computes convolutions of any other form slowly.
+        canonical = gnp.canonical_convolutions(step)
+
+        def epoch(state: State, *inputs: Any) -> tuple[State, Any]:
+            return jax.lax.scan(
+                lambda state, _: canonical(state, *inputs), state, length=self._steps_per_epoch
+            )
+
+        return jit(epoch, out_shardings=self._replicated)
 
 
 def joined(x: jax.Array) -> jax.Array:

@@ -11,8 +11,10 @@ import optax
 
 import gnp_optax as gnp
 from gnp_optax import diagnostics
+from gnp_optax._core import paths
 from gnp_optax.experiments.data.datasets import Data, Split
 from gnp_optax.experiments.models.network import Network, Params, cross_entropies
+from gnp_optax.experiments.training.devices import jit
 
 Floats = dict[str, Any]
 # From a function of one run, and axes as for `vmap`, to one of runs that are trained together.
@@ -31,21 +33,23 @@ class Evaluation:
         self.network = network
         self.r = r
         self._splits: Any = jax.tree.map(np.asarray, (data.test, data.validation))
-        jit = functools.partial(jax.jit, out_shardings=replicated)
-        self._count = jit(lift(self._counts, (0, 0, None)))
-        self._probe = jit(lift(self._measure, (0, 0, Split._make([None, 0]))))
-        self._rounded = jit(lift(lambda params: rounded_weights(params, _BITS), (0,)))
+        compiled = functools.partial(jit, out_shardings=replicated)
+        self._count = compiled(lift(self._counts, (0, 0, None)))
+        self._probe = compiled(lift(self._measure, (0, 0, Split._make([None, 0]))))
+        self._rounded = compiled(lift(lambda params: rounded_weights(params, _BITS), (0,)))
 
-    def test(self, state: Any) -> Floats:
+    def test(self, state: Any, is_last: bool) -> Floats:
         """Return errors in percent, losses, and the expected calibration error in percent.
 
-        `error_4bit` is the test error after rounding the weights to 4 bits. With no validation
-        examples, what is measured on them is NaN.
+        `error_4bit` is the test error after rounding the weights to 4 bits, at the last epoch. What
+        is not measured is NaN, as with no validation examples what would be measured on them.
         """
         test, validation = self._splits
         found = self._of_split(state, test)
-        low = self._of_split(state._replace(params=self._rounded(state.params)), test)
         chosen = self._of_split(state, validation) if len(validation.labels) else UNTESTED
+        low = UNTESTED
+        if is_last:
+            low = self._of_split(state._replace(params=self._rounded(state.params)), test)
         return {
             **{name: found[name] for name in ("test_error", "test_loss", "ece")},
             "error_4bit": low["test_error"],
@@ -85,13 +89,15 @@ class Evaluation:
 
         And the norm of the gradient for each layer; of runs together the root mean square.
         """
-        grads, (norm, sharpness) = self._probe(state.params, state.statistics, probe)
-        layers = diagnostics.norms_by_layer(grads)
-        norms = np.asarray(layers.norms) / max(1, np.size(norm)) ** 0.5
+        grads, measured = self._probe(state.params, state.statistics, probe)
+        norm, sharpness, norms = jax.device_get(measured)
+        if norm.ndim:
+            norms = np.sqrt(np.mean(norms**2, axis=0))
+        layers = dict.fromkeys(map(paths.layer_of, paths.leaf_paths(grads)))
         return grads, {
-            "gradient_norm": np.asarray(norm),
-            "sharpness": np.asarray(sharpness),
-            "layer_norms": dict(zip(layers.paths, rounded(norms), strict=True)),
+            "gradient_norm": norm,
+            "sharpness": sharpness,
+            "layer_norms": dict(zip(layers, rounded(norms), strict=True)),
         }
 
     def _measure(self, params: Params, statistics: Any, probe: Split) -> tuple[Params, Any]:
@@ -102,7 +108,8 @@ class Evaluation:
         ascent = gnp.sam(self.r)
         seen: Any
         _, seen = ascent.update(grads, ascent.init(params), params, value_fn=loss)
-        return grads, (seen.grad_norm, seen.perturbed_loss - value)
+        norms = diagnostics.norms_by_layer(grads).norms
+        return grads, (seen.grad_norm, seen.perturbed_loss - value, norms)
 
 
 def rounded_weights(params: Params, bits: int) -> Params:

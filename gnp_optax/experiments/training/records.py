@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from gnp_optax import __version__
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.methods import Method
+from gnp_optax.experiments.training.devices import cpu_cores
 
 # It can only be read by setting it: once, before there are threads.
 _UMASK = os.umask(0o077)
@@ -192,12 +193,5 @@ def environment() -> dict[str, Any]:
             "optax": optax.__version__,
             "flax": flax.__version__,
         },
-        "device": f"{device.device_kind}, {_cpu_cores()} CPU cores",
+        "device": f"{device.device_kind}, {len(cpu_cores())} CPU cores",
     }
-
-
-def _cpu_cores() -> int | None:
-    """Return how many this process may use: JAX splits its work by that, and so rounds by it."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()

@@ -20,8 +20,8 @@ from gnp_optax.experiments.models import BEFORE_BLOCKS
 from gnp_optax.experiments.models.network import Network, Params, model
 from gnp_optax.experiments.training import checkpoints, optimizers
 from gnp_optax.experiments.training.checkpoints import Checkpoint
-from gnp_optax.experiments.training.devices import Devices, is_first
-from gnp_optax.experiments.training.epochs import TOGETHER, Epochs, joined
+from gnp_optax.experiments.training.devices import Devices, is_first, jit
+from gnp_optax.experiments.training.epochs import Epochs, joined
 from gnp_optax.experiments.training.evaluation import UNTESTED, Evaluation, rounded
 from gnp_optax.experiments.training.records import Epoch, Metrics
 from gnp_optax.experiments.training.steps import (
@@ -68,13 +68,17 @@ class Trainer:
             self._lift,
             devices.replicated,
         )
-        self._of_probe = jax.jit(
+        self._of_probe = jit(
             self._lift(self._probe_of, (Split._make([None, 0]),), Split._make([None, 0]))
         )
-        self._labels = jax.jit(self._lift(self._noisy, (0, None, None)))
+        self._labels = jit(self._lift(self._noisy, (0, None, None)))
         self._numbers = devices.numbers(each)
         self.evaluation = Evaluation(self.network, config.r, data, self._lift, devices.replicated)
-        self._init = functools.cache(self._compiled_init)
+        # Once for all methods: it draws random numbers, which takes seconds to compile.
+        self._initialize = jit(
+            self._lift(self._of_seed, (0,), (0, None, 0, 0)), out_shardings=devices.replicated
+        )
+        self._empty = functools.cache(self._compiled_empty)
         self._cost_of: Callable[[Any, Scope], float] = functools.cache(self._count_cost)
 
     def run(
@@ -90,22 +94,12 @@ class Trainer:
         method's.
         """
         config = dataclasses.replace(self.config.own(method), **(settings or {}))
-        numbers = jnp.asarray(seeds if self.config.seeds_together else seeds[0])
         kind = self._kind(config, method)
-        fresh: State = self._init(kind.memory)(numbers)
-        if config.pretrained:
-            fresh = checkpoints.pretrained(config.pretrained, fresh)
+        fresh, train = self._start(config, kind, seeds)
         start, done = checkpoint.load(fresh) if checkpoint else (fresh, [])
         if len(done) == config.epochs:  # it ended before it could keep them
             self._keep_parameters(method, seeds, start)
         yield from done
-        train = self.train
-        if config.label_noise:
-            labels = self._labels(numbers, train.labels, self._numbers)
-            train = train._replace(labels=labels)
-        elif self.config.seeds_together:
-            labels = jnp.broadcast_to(train.labels, (len(seeds), *train.labels.shape))
-            train = train._replace(labels=labels)
         for metrics, state in self._epochs(config, method, kind, start, train, done):
             # Before anything is kept: a run that has diverged is never a finished one.
             if not np.isfinite(metrics["train_loss"]).all():
@@ -121,6 +115,22 @@ class Trainer:
             if len(done) == config.epochs:
                 self._keep_parameters(method, seeds, state)
             yield each
+
+    def _start(self, config: Config, kind: Kind, seeds: Sequence[int]) -> tuple[State, Split]:
+        """Return the state that runs of these seeds begin with, and their training examples."""
+        numbers = jnp.asarray(seeds if self.config.seeds_together else seeds[0])
+        params, step, key, statistics = self._initialize(numbers)
+        fresh = State(params, self._empty(kind.memory)(params), step, key, statistics)
+        if config.pretrained:
+            fresh = checkpoints.pretrained(config.pretrained, fresh)
+        train = self.train
+        if config.label_noise:
+            labels = self._labels(numbers, train.labels, self._numbers)
+            train = train._replace(labels=labels)
+        elif self.config.seeds_together:
+            labels = jnp.broadcast_to(train.labels, (len(seeds), *train.labels.shape))
+            train = train._replace(labels=labels)
+        return fresh, train
 
     def _keep_parameters(self, method: Method, seeds: Sequence[int], state: State) -> None:
         if self.config.keep_parameters and is_first():
@@ -157,20 +167,21 @@ class Trainer:
         probe = self._of_probe(train)
         grads, metrics = self.evaluation.probe(state, probe)
         for epoch in range(len(done), config.epochs):
+            is_last = epoch + 1 == config.epochs
+            is_tested = is_last or (epoch + 1) % config.test_every == 0
             if selects is not None and changes:
                 mask = self._select(grads, metrics["layer_norms"], selects, masks)
                 kind = kind._replace(mask=mask)
             first = epoch * self.steps_per_epoch
             scheduled = Scheduled(*(x[first : first + self.steps_per_epoch] for x in schedule))
             state, train_loss, early, seconds = self.epochs.train(state, train, scheduled, kind)
-            is_tested = (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
             grads, metrics = self.evaluation.probe(state, probe)
             yield (
                 {
                     "epoch": epoch + 1,
                     "train_loss": train_loss,
                     **metrics,
-                    **(self.evaluation.test(state) if is_tested else UNTESTED),
+                    **(self.evaluation.test(state, is_last) if is_tested else UNTESTED),
                     "gradients_per_step": 1
                     + (self._cost_of(kind.mask, scope(kind)) - 1 if kind.mask else 1)
                     * float((scheduled.alpha != 0).mean()),
@@ -205,15 +216,16 @@ class Trainer:
     def _noisy(self, seed: jax.Array, labels: jax.Array, numbers: jax.Array) -> jax.Array:
         return noisy(labels, numbers, seed, self.config.label_noise, self.data.classes)
 
-    def _compiled_init(self, memory: Memory | None) -> Callable[[jax.Array], State]:
-        def of_seed(seed: jax.Array) -> State:
-            init_key, key = jax.random.split(jax.random.key(seed))
-            params, statistics = self._initial(init_key)
-            nothing = Scheduled._make([0.0] * len(Scheduled._fields))
-            opt_state = self.steps.optimizer(nothing, memory).init(params)
-            return State(params, opt_state, jnp.zeros([], jnp.int32), key, statistics)
+    def _of_seed(self, seed: jax.Array) -> tuple[Params, jax.Array, jax.Array, Any]:
+        init_key, key = jax.random.split(jax.random.key(seed))
+        params, statistics = self._initial(init_key)
+        return params, jnp.zeros([], jnp.int32), key, statistics
 
-        return jax.jit(self._lift(of_seed, (0,), TOGETHER), out_shardings=self.devices.replicated)
+    def _compiled_empty(self, memory: Memory | None) -> Callable[[Params], Any]:
+        """Return the function from parameters to a fresh state of the optimizer."""
+        nothing = Scheduled._make([0.0] * len(Scheduled._fields))
+        init = self._lift(self.steps.optimizer(nothing, memory).init, (0,))
+        return jit(init, out_shardings=self.devices.replicated)
 
     def _initial(self, key: jax.Array) -> tuple[Params, Any]:
         return self.network.init(key, Split(*(x[:1] for x in self.data.test)))

@@ -1,0 +1,122 @@
+"""Several runs at a time, each in a process of one CPU core: a small network gains by no more."""
+
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import jax
+
+from gnp_optax.experiments.config import Config
+from gnp_optax.experiments.data.loading import load
+from gnp_optax.experiments.methods import Method
+from gnp_optax.experiments.training.checkpoints import Checkpoint
+from gnp_optax.experiments.training.devices import cpu_cores
+from gnp_optax.experiments.training.records import Epoch
+from gnp_optax.experiments.training.trainer import Trainer
+
+Group = tuple[Method, list[int]]  # a method, and the seeds that are trained at once
+
+# A process takes a CPU core for the ten seconds of its start, in which so many epochs are trained.
+_EPOCHS = 50
+_MOST = 8
+
+
+def count(config: Config, groups: Sequence[Group]) -> int:
+    """Return how many processes to train in: one for each core, if networks are small; or this."""
+    is_small = config.seeds_together and not config.distributed
+    if not is_small or jax.default_backend() != "cpu":
+        return 1
+    epochs = sum(config.own(method).epochs for method, _ in groups)
+    return max(1, min(len(cpu_cores()), len(groups), epochs // _EPOCHS, _MOST))
+
+
+def train(
+    config: Config, groups: Sequence[Group], processes: int
+) -> Iterator[tuple[Group, Epoch | None]]:
+    """Train in so many processes, which end with this one, whatever ends it.
+
+    Yields:
+        A group and what was measured of an epoch, as it ends; None when its training begins.
+
+    Raises:
+        ChildProcessError: If one of them was killed.
+    """
+    spawning = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks
+    events, cores = spawning.SimpleQueue(), spawning.SimpleQueue()
+    for core in cpu_cores():
+        cores.put(core)
+    with ProcessPoolExecutor(processes, spawning, _begin, (config, cores, events)) as pool:
+        try:
+            # From both ends, as neighbours often share a program, which each process compiles.
+            ends = [groups[-1 - i // 2 if i % 2 else i // 2] for i in range(len(groups))]
+            futures = [pool.submit(_run, *group) for group in ends]
+            for i, future in enumerate(futures):
+                future.add_done_callback(functools.partial(_put_done, events, i))
+            for _ in futures:
+                while not isinstance(event := events.get(), int):
+                    yield event
+                futures[event].result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a process that trained was killed, perhaps because memory ran out. What is done "
+                "is kept: start the same command again to go on."
+            ) from None
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def steps(trainer: Trainer, groups: Sequence[Group]) -> Iterator[tuple[Group, Epoch | None]]:
+    """Train in this process, one after the other; yield as `train` does."""
+    for method, seeds in groups:
+        yield (method, seeds), None
+        # Of several processes, not all may see the folder.
+        alone = jax.process_count() == 1
+        checkpoint = Checkpoint(trainer.config, method, seeds) if alone else None
+        for epoch in trainer.run(method, seeds, checkpoint):
+            yield (method, seeds), epoch
+
+
+def _put_done(events: Any, i: int, _: Any) -> None:
+    events.put(i)
+
+
+class _Process:
+    """What a process that trains has."""
+
+    def __init__(self, config: Config, events: Any) -> None:
+        self.config, self.events = config, events
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        return Trainer(self.config, load(self.config, (0, 1)))
+
+
+_process: _Process
+
+
+def _begin(config: Config, cores: Any, events: Any) -> None:
+    global _process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that has started it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
+    _process = _Process(config, events)
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
+
+
+def _run(*group: Any) -> None:
+    for event in steps(_process.trainer, [group]):
+        _process.events.put(event)
