@@ -13,6 +13,7 @@ from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.datasets import Split
 
 AXIS = "data"
+_LEVEL = "xla_backend_optimization_level"
 
 
 def connect(config: Config) -> None:
@@ -49,7 +50,8 @@ def cpu_cores() -> list[int]:
 
 def jit(fun: Callable[..., Any], **options: Any) -> Any:
     """Compile a function. For a CPU it takes XLA half of the time at level 2, to the same speed."""
-    level = {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
+    is_asked_for = _LEVEL in os.environ.get("XLA_FLAGS", "")
+    level = {_LEVEL: 2} if jax.default_backend() == "cpu" and not is_asked_for else None
     return jax.jit(fun, compiler_options=level, **options)
 
 
