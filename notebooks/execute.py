@@ -33,9 +33,10 @@ def smaller(png: str) -> str:
 
 
 def execute(path: Path) -> None:
-    """Run a notebook in an empty folder, and write it back."""
+    """Run a notebook in a folder that has the evidence alone, and write it back."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "evidence").symlink_to(FOLDER.absolute() / "evidence")
         client = nbclient.NotebookClient(
             notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": folder}}
         )

@@ -58,7 +58,9 @@ def ritz(basis: jax.Array, hessenberg: jax.Array) -> Ritz:
     size = len(hessenberg)
     products = jnp.tensordot(basis, basis, axes=(tuple(range(1, basis.ndim)),) * 2)
     is_orthonormal = jnp.all(jnp.abs(jnp.tril(products) - jnp.eye(size)) < 1e-3, axis=1)
-    is_row = jnp.cumprod(is_orthonormal.at[0].set(True)).astype(bool)
+    rows = jnp.arange(size)
+    # The smallest number, as a cumulative product compiles into a kernel for each power of two.
+    is_row = rows < jnp.min(jnp.where(is_orthonormal | (rows == 0), size, rows))
     diagonal = jnp.where(is_row, jnp.diagonal(hessenberg), 0)
     beside = jnp.where(is_row[1:], jnp.diagonal(hessenberg, -1), 0)
     bound = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.max(jnp.abs(beside), initial=0))
@@ -66,7 +68,7 @@ def ritz(basis: jax.Array, hessenberg: jax.Array) -> Ritz:
     diagonal = jnp.where(is_row, diagonal, below)
     matrix = jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
     values, vectors = jnp.linalg.eigh(matrix)
-    return Ritz(values, vectors, is_row, jnp.arange(size) >= size - jnp.sum(is_row))
+    return Ritz(values, vectors, is_row, rows >= size - jnp.sum(is_row))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("k", "num_matvecs"))

@@ -94,7 +94,7 @@ def worst_case_sharpness(
             checks.check_scalar(name, number)
     radius = _operands.scalar(rho)
     key = jax.random.key(0) if key is None else key
-    loss, largest, perturbation = _dataset.measure(
+    found = _dataset.measure(
         "worst_case_sharpness",
         functools.partial(_ascend_in_ball, steps=int(steps)),
         fun,
@@ -112,7 +112,7 @@ def worst_case_sharpness(
         progress=progress,
         passes=steps + 1,
     )
-    return WorstCase(loss, largest, largest - loss, perturbation)
+    return WorstCase(*found)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="steps")
@@ -127,8 +127,8 @@ def _ascend_in_ball(
     key: jax.Array,
     *,
     steps: int,
-) -> tuple[jax.Array, jax.Array, PyTree]:
-    """Return the loss, the largest loss seen in the ball, and the perturbation that gave it.
+) -> tuple[jax.Array, jax.Array, jax.Array, PyTree]:
+    """Return the loss, the largest seen in the ball, how much it grew, and the perturbation.
 
     In embedded coordinates u, `perturbation = T u`, in which the ball is round.
     """
@@ -157,7 +157,8 @@ def _ascend_in_ball(
     shorter = step_size * (1 - jnp.arange(1, steps, dtype=step_size.dtype) / steps)
     lengths = jnp.concatenate([jnp.stack([jnp.zeros_like(rho), rho]), shorter])
     (_, _, best, largest), values = jax.lax.scan(step, (zeros, zeros, zeros, lowest), lengths)
-    return values[0], largest, losses.filled(embedding.restore(scale * best))
+    perturbation = losses.filled(embedding.restore(scale * best))
+    return values[0], largest, largest - values[0], perturbation
 
 
 def _scale(w: jax.Array, eta: jax.Array) -> jax.Array:

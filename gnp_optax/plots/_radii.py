@@ -77,7 +77,8 @@ def radius_profile(ax: Axes, profile: RadiusProfile) -> Axes:
     is_useful = (correction >= _CORRECTION) & (curvature >= _CURVATURE)
     for low, high in _ranges(radii, is_useful):
         ax.axvspan(low, high, color="#009E73", alpha=0.15, lw=0)
-    marked: Any = {"lw": 1.8, "marker": "o", "ms": 3}
+    marked: Any = {"lw": 1.8, "ms": 3.5}
+    markers = "os^D"
     shares = (
         ("cosine of g and g~", cosine),
         ("curvature in the correction", curvature),
@@ -86,13 +87,14 @@ def radius_profile(ax: Axes, profile: RadiusProfile) -> Axes:
     lines = []
     for n, (label, values) in enumerate(shares):
         style = _curves.curve_style(n)._asdict()
-        lines += ax.plot(radii, values, label=label, **style, **marked)
+        lines += ax.plot(radii, values, label=label, marker=markers[n], **style, **marked)
     beside = ax.twinx()
     growth = _plotted.without_infinities("surrogate_gap", gap)
     if (growth > 0).any():
         beside.set_yscale("log", nonpositive="mask")
     style = _curves.curve_style(len(shares))._asdict()
-    lines += beside.plot(radii, growth, label="growth of the loss (right)", **style, **marked)
+    name: Any = {"label": "growth of the loss (right)", "marker": markers[len(shares)]}
+    lines += beside.plot(radii, growth, **name, **style, **marked)
     least = min(0.0, *(values.min() for _, values in shares))
     ax.set(xlabel="radius r", ylabel="share", ylim=(least - 0.05, 1.05))
     beside.set_ylabel("growth of the loss")

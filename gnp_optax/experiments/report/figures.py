@@ -15,7 +15,8 @@ from gnp_optax.experiments.report.table import STYLES, Runs, methods
 from gnp_optax.experiments.training.records import Metrics
 from gnp_optax.plots import _curves
 
-_MARKERS = "osD^vPX<>hp*"
+# Told apart in grey and at half size; after the last they come again, hollow.
+_MARKERS = "os^DvX<*>P"
 _EARLY = (
     ("gradient_norm", "norm of the gradient"),
     ("second_moment_norm", "norm of the second moment"),
@@ -91,10 +92,10 @@ def curves(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
     canvas, panels = drawing.canvas(2, 10.0, 4.8)
     names = (("test_error", "test error, %"), ("gradient_norm", "gradient norm"))
     for axes, (key, label) in zip(panels, names, strict=True):
-        for method in methods(runs):
+        for i, method in enumerate(methods(runs)):
             values = np.array([[e[key] for e in run] for run in _runs_of(runs, method)])
             measured = np.isfinite(values).any(axis=0)
-            _band(axes, 1 + np.flatnonzero(measured), values[:, measured], method)
+            _band(axes, 1 + np.flatnonzero(measured), values[:, measured], method, i)
         positive = any(epoch[key] > 0 for run in runs.values() for epoch in run)
         _finish(axes, label, warmup_epochs, positive)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -109,10 +110,10 @@ def early(runs: Runs, title: str, warmup_epochs: int, path: Path) -> None:
     named = [m for m in methods(runs) if m in ("plain", "sam") or m.startswith("gr")]
     canvas, panels = drawing.canvas(len(_EARLY), 5.0 * len(_EARLY), 4.8)
     for axes, (key, label) in zip(panels, _EARLY, strict=True):
-        for method in named or methods(runs):
+        for i, method in enumerate(named or methods(runs)):
             chosen = [[e for e in run if e["early"]] for run in _runs_of(runs, method)]
             values = np.array([[np.mean(e["early"][key]) for e in run] for run in chosen])
-            _band(axes, np.arange(values.shape[1]) + 0.5, values, method)
+            _band(axes, np.arange(values.shape[1]) + 0.5, values, method, i)
         _finish(axes, label, warmup_epochs, is_log=True)
     drawing.save(canvas, panels[0], title, path, columns=4)
 
@@ -155,8 +156,8 @@ def tradeoff(rows: Sequence[Row], title: str, path: Path) -> None:
         error = (row["test_error_std"] or 0.0) / row["seeds"] ** 0.5
         cost = row["gradients_per_step"] * (2 if row["method"] == "plain-twice" else 1)
         points.append((cost, row["test_error"]))
-        marker: Any = {"fmt": _MARKERS[i % len(_MARKERS)], "color": color, "label": label}
-        axes.errorbar([cost], [row["test_error"]], yerr=[error], capsize=3, **marker)
+        point: Any = {"color": color, "label": label, "linestyle": "none", "ms": 7, **_marker(i)}
+        axes.errorbar([cost], [row["test_error"]], yerr=[error], capsize=3, **point)
     frontier = [p for p in points if all(q[0] > p[0] or q[1] >= p[1] for q in points)]
     axes.plot(*zip(*sorted(frontier), strict=True), color="#999999", lw=1.0, zorder=0)
     axes.set(xlabel="cost of a step, in plain gradients", ylabel="test error, %")
@@ -176,7 +177,7 @@ def along(rows: Mapping[float, Mapping[str, Row]], over: str, metric: str, path:
             (row["test_error_std"] or 0.0) / row["seeds"] ** 0.5 if metric == "test_error" else 0.0
             for row in values
         ]
-        line: Any = {"color": color, "linestyle": dashes, "marker": _MARKERS[i % len(_MARKERS)]}
+        line: Any = {"color": color, "linestyle": dashes, **_marker(i)}
         axes.errorbar(
             at, [row[metric] for row in values], yerr=bars, label=label, ms=5, capsize=3, **line
         )
@@ -190,9 +191,17 @@ def _runs_of(runs: Runs, method: str) -> list[list[Metrics]]:
     return [run for (name, _), run in runs.items() if name == method]
 
 
-def _band(axes: Any, x: Any, values: Any, method: str) -> None:
+def _marker(i: int) -> dict[str, Any]:
+    """Return the marker of the i-th method of a figure, as matplotlib names its properties."""
+    marker = {"marker": _MARKERS[i % len(_MARKERS)]}
+    return marker if i < len(_MARKERS) else {**marker, "markerfacecolor": "white"}
+
+
+def _band(axes: Any, x: Any, values: Any, method: str, i: int) -> None:
     name, color, dashes = STYLES[method]
     plots.band(axes, x, values, name, style=plots.Style(color, dashes))
+    # Few markers, and not those of all curves above one another.
+    axes.lines[-1].set(**_marker(i), markersize=5, markevery=(0.02 + 0.013 * i % 0.13, 0.13))
 
 
 def _finish(axes: Any, label: str, warmup_epochs: int, is_log: bool) -> None:
