@@ -186,7 +186,7 @@ def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> 
         raise FileNotFoundError(
             f"--dataset text needs --data-dir, a folder with *.txt: {data_dir}."
         )
-    characters = list("".join(file.read_text() for file in files))
+    characters = list("".join(map(_read_text, files)))
     vocabulary, numbers = np.unique(characters, return_inverse=True)
     if len(vocabulary) > 256:
         raise ValueError(f"The text has {len(vocabulary)} different characters, more than 256.")
@@ -202,6 +202,13 @@ def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> 
 
     train, test = examples(numbers[:test_start]), examples(numbers[test_start:])
     return part_of(whole(train, test, classes=len(vocabulary)), part)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
 
 
 def _download() -> Path:
