@@ -245,14 +245,16 @@ def _read_split(folder: Path, name: str, part: tuple[int, int]) -> Split:
         for row, (image, label) in enumerate(
             zip(table["img"].to_pylist(), table["label"].to_pylist(), strict=True)
         ):
+            if type(label) is not int or not 0 <= label < 10:
+                raise ValueError(
+                    f"{file}, row {row}: labels must be integers from 0 to 9, got {label}."
+                )
             if (seen + row) % stride == first:
                 images.append(_decode(image, file, row))
                 labels.append(label)
         seen += len(table)
     if not images:
         raise ValueError(f"The {name} split under {folder} is empty.")
-    if not all(type(label) is int and 0 <= label < 10 for label in labels):
-        raise ValueError(f"The labels of the {name} split must be integers from 0 to 9.")
     return Split(jnp.asarray(np.stack(images)), jnp.asarray(labels, jnp.int32))
 
 

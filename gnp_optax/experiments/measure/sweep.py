@@ -16,7 +16,7 @@ from gnp_optax.experiments.data.loading import load
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.recipes import named
 from gnp_optax.experiments.report.table import STYLES, markdown
-from gnp_optax.experiments.training.records import environment, held, replace
+from gnp_optax.experiments.training.records import environment, held, parsed, replace, written
 from gnp_optax.experiments.training.trainer import Trainer
 
 Settings = dict[str, float]

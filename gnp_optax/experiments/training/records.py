@@ -69,14 +69,19 @@ class Records:
         }
         header = header or {"options": config.options, "has_checksums": True, **environment()}
         finished = (epoch for each in self.runs.values() for epoch in each)
-        replace(self.path, written([header, *finished]).encode())
+        content = written([header, *finished]).encode()
+        replace(self.path, content)
+        self._end = len(content)
 
     def append(self, finished: Mapping[Run, list[Metrics]]) -> None:
         """Add finished runs, to the file first."""
-        with _writing(self.path), self.path.open("a") as file:
-            file.write("".join(map(written, finished.values())))
+        with _writing(self.path), self.path.open("r+b") as file:
+            file.truncate(self._end)  # a disk that was full may have left a part of another run
+            file.seek(self._end)
+            file.write("".join(map(written, finished.values())).encode())
             file.flush()
             os.fsync(file.fileno())
+            self._end = file.tell()
         self.runs.update(finished)
 
 
