@@ -380,7 +380,7 @@ def test_a_flip_in_the_data_of_a_run(runner, flips, tmp_path, name, options):
 TRAINED = (
     *("--recipe", "digits-vit", "--model", "mlp", "--methods", "plain", "sam", "--width", "8"),
     *("--depth", "1", "--heads", "1", "--batch-size", "256", "--probe-examples", "16"),
-    *("--epochs", "150", "--warmup-epochs", "2", "--checkpoint-minutes", "0"),
+    *("--epochs", "50", "--warmup-epochs", "2", "--checkpoint-minutes", "0"),
     *("--validation-examples", "0", "--seeds", str(KILLS)),
 )
 
