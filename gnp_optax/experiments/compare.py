@@ -19,7 +19,7 @@ from gnp_optax.experiments.recipes import RECIPES, named
 from gnp_optax.experiments.report import figures, summary, table
 from gnp_optax.experiments.training import devices, workers
 from gnp_optax.experiments.training.checkpoints import Checkpoint, remove_finished
-from gnp_optax.experiments.training.records import Epoch, Records, Run, held
+from gnp_optax.experiments.training.records import Epoch, Records, Run, held, replace
 from gnp_optax.experiments.training.trainer import Trainer
 from gnp_optax.experiments.training.workers import Group
 
@@ -193,9 +193,9 @@ def _reported(config: Config, runs: table.Runs) -> str:
         print(note)
     found = summary.of(runs)
     text = f"{table.table(found)}\n{summary.sentence(found)}\n"
-    (config.folder / "table.md").write_text(text)
-    (config.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
-    (config.folder / "epochs.csv.gz").write_bytes(summary.epochs(runs))
+    replace(config.folder / "table.md", text.encode())
+    replace(config.folder / "summary.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace(config.folder / "epochs.csv.gz", summary.epochs(runs))
     noise = f", {100 * config.label_noise:g} % wrong labels" if config.label_noise else ""
     data = {"digits": "digits", "cifar10": "CIFAR-10", "text": "a text"}[config.dataset]
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"

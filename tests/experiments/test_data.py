@@ -206,7 +206,8 @@ def test_a_bad_image_is_named_by_file_and_row(folder, images, message):
 @pytest.mark.parametrize("label", [-1, 10, None])
 def test_a_bad_label_is_refused(folder, label):
     parquet.write_table(table([GOOD, GOOD], [3, label]), broken(folder))
-    with pytest.raises(ValueError, match="labels of the train split must be integers from 0 to 9"):
+    message = f"{broken(folder).name}, row 1: labels must be integers from 0 to 9"
+    with pytest.raises(ValueError, match=message):
         data.cifar10(folder)
 
 

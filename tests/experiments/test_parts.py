@@ -21,7 +21,7 @@ from gnp_optax.experiments.training import optimizers
 from gnp_optax.experiments.training.checkpoints import Checkpoint, pretrained
 from gnp_optax.experiments.training.plain_statistics import plain_statistics
 from gnp_optax.experiments.training.records import Records
-from gnp_optax.experiments.training.steps import Kind, Scheduled
+from gnp_optax.experiments.training.steps import Kind, Scheduled, State
 from gnp_optax.experiments.training.trainer import Trainer
 
 TINY = dataclasses.replace(tiny.TINY, epochs=3)
@@ -92,6 +92,49 @@ def test_the_weight_decay_of_sgd_is_coupled_and_that_of_rmsprop_is_not():
 def at(alpha):
     """What holds at a step: r = 0.1, and a learning rate."""
     return Scheduled(0.1, alpha, 0.1, 0.0, 0.0, False)
+
+
+# Epochs.
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("mlp", [0.0, 0.8, 0.4, 0.8]), ("resnet", [0.8, 0.8, 0.8, 0.8])]
+)
+def test_an_epoch_is_its_steps_one_by_one(name, alpha):
+    # Adam would divide what is nearly zero, and there the order of a sum decides.
+    config = dataclasses.replace(TINY, model=name, width=4, optimizer="sgd")
+    loaded = data.whole(
+        images(70, 8, 3), images(8, 8, 3, seed=1), scale=255.0, mean=(0.5,), std=(0.2,)
+    )
+    loaded = loaded._replace(augmented=True)
+    trainer = Trainer(config, loaded)
+    numbers = np.asarray(alpha, np.float32)
+    # r, alpha, learning rate, weight decay, label smoothing.
+    scheduled = [numbers / 8, numbers, 0.01 + numbers / 9, numbers / 99, numbers / 4]
+    scheduled = Scheduled(*scheduled, numbers > 0, 0 * numbers)
+    params, statistics = jax.jit(trainer.network.init)(
+        jax.random.key(0), data.Split(*(x[:1] for x in loaded.test))
+    )
+    opt_state = trainer.steps.optimizer(at(0.0), None).init(params)
+    state = State(params, opt_state, jnp.zeros([], jnp.int32), jax.random.key(1), statistics)
+
+    shuffle_key, key = jax.random.split(state.key)
+    order = jax.random.permutation(shuffle_key, 70)[:64].reshape(4, 16)
+    take = jax.jit(functools.partial(trainer.steps.take, kind=Kind()))
+    losses, expected = [], state._replace(key=key)
+    for i in range(4):
+        augment_key, step_key = jax.random.split(jax.random.fold_in(key, i))
+        chosen = data.Split(*(x[order[i]] for x in loaded.train))
+        batch = chosen._replace(images=loaded.augment(augment_key, chosen.images))
+        loss, _, expected = take(expected, batch, step_key, Scheduled(*(x[i] for x in scheduled)))
+        losses.append(loss)
+
+    found, mean_loss, _, _ = trainer.epochs.train(state, trainer.train, scheduled, Kind())
+    np.testing.assert_allclose(mean_loss, np.mean(losses), rtol=1e-5)
+    both = [x._replace(key=jax.random.key_data(x.key)) for x in (found, expected)]
+    assert found.step == 4
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 # Networks.
@@ -186,11 +229,13 @@ def test_every_character_is_followed_by_its_label(tmp_path):
         (None, "needs --data-dir"),
         ("short", "too short"),
         ("".join(map(chr, range(32, 332))) * 9, "300 different characters"),
+        (b"A byte of no text: \xff." * 9, r"a\.txt is no text in UTF-8"),
     ],
 )
 def test_a_text_that_cannot_be_used(tmp_path, content, message):
     if content is not None:
-        (tmp_path / "a.txt").write_text(content)
+        content = content.encode() if isinstance(content, str) else content
+        (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         data.text(tmp_path, 16)
 

@@ -186,7 +186,7 @@ def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> 
         raise FileNotFoundError(
             f"--dataset text needs --data-dir, a folder with *.txt: {data_dir}."
         )
-    characters = list("".join(file.read_text() for file in files))
+    characters = list("".join(map(_read_text, files)))
     vocabulary, numbers = np.unique(characters, return_inverse=True)
     if len(vocabulary) > 256:
         raise ValueError(f"The text has {len(vocabulary)} different characters, more than 256.")
@@ -202,6 +202,13 @@ def text(data_dir: Path | None, length: int, part: tuple[int, int] = (0, 1)) -> 
 
     train, test = examples(numbers[:test_start]), examples(numbers[test_start:])
     return part_of(whole(train, test, classes=len(vocabulary)), part)
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
 
 
 def _download() -> Path:
@@ -238,14 +245,16 @@ def _read_split(folder: Path, name: str, part: tuple[int, int]) -> Split:
         for row, (image, label) in enumerate(
             zip(table["img"].to_pylist(), table["label"].to_pylist(), strict=True)
         ):
+            if type(label) is not int or not 0 <= label < 10:
+                raise ValueError(
+                    f"{file}, row {row}: labels must be integers from 0 to 9, got {label}."
+                )
             if (seen + row) % stride == first:
                 images.append(_decode(image, file, row))
                 labels.append(label)
         seen += len(table)
     if not images:
         raise ValueError(f"The {name} split under {folder} is empty.")
-    if not all(type(label) is int and 0 <= label < 10 for label in labels):
-        raise ValueError(f"The labels of the {name} split must be integers from 0 to 9.")
     return Split(jnp.asarray(np.stack(images)), jnp.asarray(labels, jnp.int32))
 
 

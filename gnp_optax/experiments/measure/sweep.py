@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from gnp_optax.experiments.data.loading import load
 from gnp_optax.experiments.methods import Method
 from gnp_optax.experiments.recipes import named
 from gnp_optax.experiments.report.table import STYLES, markdown
-from gnp_optax.experiments.training.records import environment, held, replace
+from gnp_optax.experiments.training.records import environment, held, parsed, replace, written
 from gnp_optax.experiments.training.trainer import Trainer
 
 Settings = dict[str, float]
@@ -116,7 +115,7 @@ def _sweep(config: SweepConfig, command: str) -> None:
         if method not in ("plain", "plain-weight-decay"):
             chosen[method] = sweep.best(method, plain["learning_rate"])
     text = sweep.table()
-    (config.folder / "sweep.md").write_text(text)
+    replace(config.folder / "sweep.md", text.encode())
     print(text)
     print(f"--learning-rate {plain['learning_rate']:g} --settings", *_as_options(chosen))
 
@@ -148,27 +147,30 @@ class Sweep:
                 raise ValueError(
                     f"{self._path} was made with other options. Choose another folder with --out."
                 )
-            self._found = lines
+            self._first, self._found = first, lines
         else:
-            first = {**header, "command": command, **environment()}
-            replace(self._path, (json.dumps(first) + "\n").encode())
+            stamp = {"command": command, "has_checksums": True, **environment()}
+            self._first = {**header, **stamp}
+            self._write()
         self._trainer = Trainer(config.comparison, load(config.comparison, (0, 1)))
 
     def _read(self) -> list[dict[str, Any]]:
-        lines = []
-        for number, text in enumerate(self._path.read_text().splitlines(), start=1):
-            try:
-                line = json.loads(text)
-                needed = {"options", "seeds"} if number == 1 else {"method", "settings"}
-                if not needed <= line.keys():
-                    raise ValueError
-            except (ValueError, AttributeError) as error:
+        lines: list[dict[str, Any]] = []
+        texts = self._path.read_text(errors="replace").splitlines()
+        for number, text in enumerate(texts, start=1):
+            # A file of an earlier version has no checksums.
+            line = parsed(text, bool(lines) and "has_checksums" in lines[0])
+            needed = {"options", "seeds"} if number == 1 else {"method", "settings"}
+            if line is None or not needed <= line.keys():
                 raise ValueError(
                     f"{self._path}, line {number}, is damaged. Remove the line, to have its "
                     f"setting tried again, or choose another folder with --out."
-                ) from error
+                )
             lines.append(line)
         return lines
+
+    def _write(self) -> None:
+        replace(self._path, written([self._first, *self._found]).encode())
 
     def best(self, method: Method, learning_rate: float = 0.0) -> Settings:
         """Return the settings of least validation error, having tried all of them."""
@@ -198,8 +200,7 @@ class Sweep:
         errors = [error for group in groups for error in self._errors(method, group, settings)]
         line = {"method": method, "settings": settings, "validation_errors": errors}
         self._found.append(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write()
         return errors
 
     def _errors(self, method: Method, seeds: list[int], settings: Settings) -> list[float]:

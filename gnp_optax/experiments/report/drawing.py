@@ -1,11 +1,14 @@
 """What the figures of the experiments have in common."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from gnp_optax.experiments.training.records import replace
 
 
 def canvas(
@@ -25,4 +28,11 @@ def save(figure: Figure, panel: Axes, title: str, path: Path, columns: int) -> N
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
+    write(figure, path)
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Write the figure to a file, whole."""
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."))
+    replace(path, content.getvalue())

@@ -77,7 +77,7 @@ def summary(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.text(1.02, -0.8, "mean", **{**beside, "color": "#555555"})
     axes.text(1.12, -0.8, "gradients / step", **{**beside, "color": "#555555"})
     axes.set_title(title, fontsize=11, loc="left", pad=18)
-    canvas.savefig(path)
+    drawing.write(canvas, path)
 
 
 # Quantiles of Student's distribution, for the 95 % interval of the mean of so many.
@@ -140,7 +140,7 @@ def layers(runs: Runs, title: str, path: Path) -> None:
         plots.layer_norms(axes, names, norms, selected=dots, limits=limits)
         axes.set_title(STYLES[method][0], fontsize=9)
     canvas.suptitle(f"{title.partition(',')[0]}, first seed", fontsize=11)
-    canvas.savefig(path)
+    drawing.write(canvas, path)
 
 
 def tradeoff(rows: Sequence[Row], title: str, path: Path) -> None:

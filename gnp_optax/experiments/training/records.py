@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class Records:
                 f"Choose another folder with --out, or remove that one."
             )
         if damaged:
-            kept = set_aside(self.path)
+            # A copy: until the file is written anew, there is no other one with the whole runs.
+            kept = _free(self.path)
+            replace(kept, self.path.read_bytes())
             warnings.warn(
                 f"{self.path}: {', '.join(damaged)}. It is kept as {kept.name}, and the runs "
                 f"that these are of are done again.",
@@ -67,14 +69,19 @@ class Records:
         }
         header = header or {"options": config.options, "has_checksums": True, **environment()}
         finished = (epoch for each in self.runs.values() for epoch in each)
-        replace(self.path, _text([header, *finished]).encode())
+        content = written([header, *finished]).encode()
+        replace(self.path, content)
+        self._end = len(content)
 
     def append(self, finished: Mapping[Run, list[Metrics]]) -> None:
         """Add finished runs, to the file first."""
-        with self.path.open("a") as file:
-            file.write("".join(map(_text, finished.values())))
+        with _writing(self.path), self.path.open("r+b") as file:
+            file.truncate(self._end)  # a disk that was full may have left a part of another run
+            file.seek(self._end)
+            file.write("".join(map(written, finished.values())).encode())
             file.flush()
             os.fsync(file.fileno())
+            self._end = file.tell()
         self.runs.update(finished)
 
 
@@ -86,7 +93,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Metrics], list[str]]:
     texts = path.read_text(errors="replace").splitlines(keepends=True)
     for number, text in enumerate(texts, start=1):
         # A file of an earlier version has no checksums.
-        line = _line(text, header is not None and header.get("has_checksums", False))
+        line = parsed(text, header is not None and header.get("has_checksums", False))
         if number == 1:
             if line is None or "options" not in line:
                 raise ValueError(
@@ -96,14 +103,17 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Metrics], list[str]]:
             header = line
         elif line is not None and {"method", "seed", "epoch"} <= line.keys():
             epochs.append(line)
-        elif number < len(texts) or text.endswith("\n"):
+        elif number < len(texts) or text.endswith("\n") or parsed(text[:-1], False):
             damaged.append(f"line {number} is damaged")
-        # Else it is the last line of a run that was being appended.
+        # Else it is the last line of a run that was being appended, and was cut.
     return header, epochs, damaged
 
 
-def _line(text: str, has_checksum: bool) -> dict[str, Any] | None:
-    """Return what a line holds, or None if it is not what was written."""
+def parsed(text: str, has_checksum: bool) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not what was written.
+
+    A line that says that there are checksums needs one itself.
+    """
     try:
         line = json.loads(text)
     except json.JSONDecodeError:
@@ -111,11 +121,13 @@ def _line(text: str, has_checksum: bool) -> dict[str, Any] | None:
     if not isinstance(line, dict):
         return None
     checksum = line.pop("checksum", None)
+    has_checksum = has_checksum or "has_checksums" in line
     is_right = checksum == _checksum(line) or (checksum is None and not has_checksum)
     return line if is_right else None
 
 
-def _text(lines: list[dict[str, Any]]) -> str:
+def written(lines: Iterable[dict[str, Any]]) -> str:
+    """Return lines as they stand in a file, each with a checksum."""
     checked = ({**line, "checksum": _checksum(line)} for line in lines)
     return "".join(json.dumps(line) + "\n" for line in checked)
 
@@ -125,10 +137,14 @@ def _checksum(line: dict[str, Any]) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file to one that there is not, and return its path."""
+    """Rename a damaged file, and return its path."""
+    return path.rename(_free(path))
+
+
+def _free(path: Path) -> Path:
+    """Return a name for what is damaged that no file has."""
     names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count())
-    free = next(name for name in names if not name.exists())
-    return path.rename(free)
+    return next(name for name in names if not name.exists())
 
 
 @contextlib.contextmanager
@@ -138,17 +154,21 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder / ".lock"), folder / ".holder"
     try:
-        lock.acquire(timeout=0)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout:
-        who = holder.read_text() if holder.exists() else "another process"
+        try:
+            who = holder.read_text(errors="replace")
+        except FileNotFoundError:  # it has just begun, or just ended
+            who = "another process"
         raise ValueError(
             f"{folder} is being written by {who}. Wait for it, or choose another --out."
         ) from None
     try:
-        holder.write_text(f"process {os.getpid()} on {platform.node()}")
+        replace(holder, f"process {os.getpid()} on {platform.node()}".encode())
         for left in folder.glob(".*.tmp"):  # by a process that was killed
             left.unlink()
         yield
@@ -161,9 +181,12 @@ def held(folder: Path) -> Iterator[None]:
 def replace(path: Path, content: bytes) -> None:
     """Write a file whole: there is never a moment with half of it."""
     # Of a name that nobody can have put a link at.
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-    ) as file:
+    with (
+        _writing(path),
+        tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
+        ) as file,
+    ):
         temporary = Path(file.name)
         try:
             file.write(content)
@@ -174,6 +197,20 @@ def replace(path: Path, content: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say which file can't be written, which the system does not, and how to go on."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"{path} can't be written: {error.strerror or error}. Free some space, or make it "
+            f"writable, and start the same command again: what is done is kept."
+        ) from error
 
 
 def _differences(header: dict[str, Any], config: Config) -> str:
