@@ -1,6 +1,6 @@
 """What prefix sharing needs of JAX's intermediate representation, by its public interface."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -187,14 +187,48 @@ def inner_program(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
     return inner if eqn.primitive.name in JIT else core.ClosedJaxpr(inner, ())
 
 
+def depending(jaxpr: core.Jaxpr, perturbed: Sequence[Var]) -> set[Var]:
+    """Return the variables that depend on perturbed ones, with these."""
+    found = set(perturbed)
+    for eqn in jaxpr.eqns:
+        if not found.isdisjoint(read(eqn)):
+            found.update(eqn.outvars)
+    return found
+
+
+def watched(x: Any, reach: Callable[[], Any]) -> Any:
+    """Return the array; call `reach` when a gradient that passes through it is traced.
+
+    One that JAX knows to be zero does not.
+    """
+
+    def forward(x: Any) -> tuple[Any, None]:
+        return x.value, None
+
+    def backward(_: None, cotangent: Any) -> tuple[Any]:
+        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+            return (None,)
+        reach()
+        return (cotangent,)
+
+    identity = jax.custom_vjp(lambda x: x)
+    identity.defvjp(forward, backward, symbolic_zeros=True)
+    return identity(x)
+
+
 def partition(
-    jaxpr: core.Jaxpr, perturbed: Sequence[Var]
+    jaxpr: core.Jaxpr, perturbed: Sequence[Var], needed_before: Iterable[Var] = ()
 ) -> tuple[list[core.JaxprEqn], list[core.JaxprEqn], set[Var]]:
     """Split the equations into those before the perturbation and those after it.
 
     After it is what depends on a perturbed variable, and what is only needed there, cheap, and
     depends on no other input. Equations whose results nobody needs are dropped. Effects keep their
     order: behind one that depends on a perturbed variable, the others come after it, too.
+
+    Args:
+        jaxpr: The program.
+        perturbed: Some of its variables.
+        needed_before: Variables that the first part computes whether or not they are cheap.
 
     Returns:
         The equations before, the equations after, and the variables of the first part through
@@ -215,7 +249,7 @@ def partition(
             flows.update(v for v in eqn.outvars if is_inexact(v))
 
     needed = set(variables(jaxpr.outvars))
-    needed_before: set[Var] = set()
+    needed_before = set(needed_before)
     before: list[core.JaxprEqn] = []
     after: list[core.JaxprEqn] = []
     for eqn, late in zip(reversed(jaxpr.eqns), reversed(is_after), strict=True):

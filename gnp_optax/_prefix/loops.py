@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from gnp_optax._prefix import iterations, jaxprs, values
+from gnp_optax._prefix import iterations, jaxprs, partly, values
 from gnp_optax._prefix.values import Value
 
 Arrays = list[Any]
@@ -19,10 +19,12 @@ def in_two(eqn: core.JaxprEqn, given: list[Value], run: Run) -> list[Value]:
 
     Its iterations use no stacked layer that depends, be it a row of a stack that is scanned over,
     or picked by an index from one that is constant or carried unchanged. An iteration that uses
-    layers of both kinds is written out between the two by `run`, and so cut itself.
+    layers of both kinds is written out between the two by `run`, and so cut itself. Of the second
+    loop, or of one whose first iteration depends already, what does not depend is a loop of its
+    own.
 
     Raises:
-        jaxprs.Uncut: If the first iteration depends already.
+        jaxprs.Uncut: If the first iteration depends already, and none of its products is saved.
     """
     loop = _loop(eqn, given)
     start, first, is_divided = _first_that_depends(eqn, loop)
@@ -39,8 +41,6 @@ def in_two(eqn: core.JaxprEqn, given: list[Value], run: Run) -> list[Value]:
             )
         ]
         pieces.append([Value(x, False) for x in rows])
-    elif not is_divided:
-        raise jaxprs.Uncut("its first iteration uses a perturbed leaf")
     if is_divided:
         row = [
             values.squeezed(_rows(loop, x, start, start + 1), 0)._replace(constant=_known(constant))
@@ -51,13 +51,15 @@ def in_two(eqn: core.JaxprEqn, given: list[Value], run: Run) -> list[Value]:
         pieces.append([values.expanded(x, 0) for x in results[len(carry) :]])
         start += 1
     if start < loop.length:
-        arrays = [x.array for x in loop.consts], [x.array for x in carry]
-        found, rows = _scan(loop, *arrays, start, loop.length)
-        carry = [
-            old if same else Value(x, True)
-            for old, same, x in zip(carry, first.unchanged, found, strict=True)
-        ]
-        pieces.append([Value(x, True) for x in rows])
+        try:
+            last, rows = _rest_in_two(loop, carry, start, run)
+        except jaxprs.Uncut:
+            if start == 0:
+                raise
+            last, rows = _whole_rest(loop, carry, start)
+        of_carry = zip(carry, first.unchanged, last, strict=True)
+        carry = [old if same else x for old, same, x in of_carry]
+        pieces.append(rows)
     if loop.reverse:
         pieces.reverse()
     return [*carry, *(values.joined(of_one, 0) for of_one in zip(*pieces, strict=True))]
@@ -134,3 +136,21 @@ def _scan(
     scan = functools.partial(jax.lax.scan, reverse=loop.reverse, unroll=loop.unroll)
     found: tuple[Arrays, Arrays] = scan(step, carry, stacks, length=stop - start)
     return found
+
+
+def _rest_in_two(
+    loop: _Loop, carry: list[Value], start: int, run: Run
+) -> tuple[list[Value], list[Value]]:
+    """Run the last iterations as two loops, of which the first does not depend."""
+    stacks = [_rows(loop, x, start, loop.length) for x in loop.stacks]
+    scan = functools.partial(
+        jax.lax.scan, length=loop.length - start, reverse=loop.reverse, unroll=loop.unroll
+    )
+    return partly.in_two(loop.body, loop.consts, carry, stacks, scan, run)
+
+
+def _whole_rest(loop: _Loop, carry: list[Value], start: int) -> tuple[list[Value], list[Value]]:
+    """Run the last iterations as they are."""
+    arrays = [x.array for x in loop.consts], [x.array for x in carry]
+    last, rows = _scan(loop, *arrays, start, loop.length)
+    return [Value(x, True) for x in last], [Value(x, True) for x in rows]

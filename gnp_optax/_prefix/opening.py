@@ -18,7 +18,7 @@ def opened(
 
     Of what depends on a perturbed leaf, a jitted function is replaced by its equations; a
     checkpoint with matrix products before the first use of such a leaf becomes two; and so does a
-    scan over layers of which the first do not depend.
+    scan over layers of which the first do not depend, or of whose body a part does not.
     """
 
     def run(*args: Any) -> list[Any]:

@@ -64,8 +64,13 @@ def add(eqn: core.JaxprEqn, why: str | None = None) -> None:
         what = f"a scan of {eqn.params['length']} iterations"
     if eqn.primitive.name in jaxprs.JIT:
         what = f"the jitted function {eqn.params['name']}"
-    refusal = NotCut(what, where(eqn), why or reason)
-    if refusal not in found:
+    add_again(NotCut(what, where(eqn), why or reason))
+
+
+def add_again(refusal: NotCut) -> None:
+    """Record what was recorded elsewhere."""
+    found = _found.get()
+    if found is not None and refusal not in found:
         found.append(refusal)
 
 

@@ -6,6 +6,7 @@ boundary, the values that the prefix hands over. A gradient of the suffix with r
 pulled back once through the prefix, is a gradient of the whole.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -48,8 +49,8 @@ def cut(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
     """Cut the loss for leaves such as these.
 
     Cut by dependence, not by position: each equation that depends on a perturbed leaf belongs to
-    the suffix. Calls of jitted functions are opened, checkpoints and loops over layers are cut;
-    other equations with functions inside (a branch, a custom derivative) are left whole. Where
+    the suffix. Calls of jitted functions are opened, checkpoints and loops are cut; other
+    equations with functions inside (a branch, a custom derivative) are left whole. Where
     there is nothing to share, or the loss can't be traced before it is differentiated, or has
     mutable state, the prefix is empty.
     """
@@ -153,22 +154,11 @@ def _gradient(
     """
     reached: set[int] = set()
 
-    def watched(i: int, x: jax.Array) -> jax.Array:
-        def forward(x: Any) -> tuple[jax.Array, None]:
-            return x.value, None
-
-        def backward(_: None, cotangent: Any) -> tuple[Any]:
-            if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-                return (None,)
-            reached.add(i)
-            return (cotangent,)
-
-        identity = jax.custom_vjp(lambda x: x)
-        identity.defvjp(forward, backward, symbolic_zeros=True)
-        return identity(x)
-
     def loss(perturbed: Arrays, unperturbed: Arrays) -> jax.Array:
         boundary, values = cut.prefix(unperturbed)
-        return cut.suffix(perturbed, [watched(i, x) for i, x in enumerate(boundary)], values)[0]
+        boundary = [
+            jaxprs.watched(x, functools.partial(reached.add, i)) for i, x in enumerate(boundary)
+        ]
+        return cut.suffix(perturbed, boundary, values)[0]
 
     return _gradient_of(loss, perturbed, unperturbed), reached

@@ -55,8 +55,8 @@ def explain(
     """Return what a regularized gradient will cost, and why: what is shared and what is not.
 
     With a mask, what the loss computes before it first uses a perturbed leaf is shared by the two
-    passes. Calls of jitted functions are opened for that, checkpoints and loops over layers are cut
-    in two; here stands what could not be, with the line that calls it and the reason. The logger
+    passes. Calls of jitted functions are opened for that, checkpoints and loops are cut in two;
+    here stands what could not be, with the line that calls it and the reason. The logger
     "gnp_optax" tells the same at level DEBUG wherever a step is compiled.
 
     Args:

@@ -36,11 +36,24 @@ def branch(p, h):
     return lax.cond(h.sum() > 0, lambda h: h @ p["early"] @ p["late"], lambda h: h, h)
 
 
+def talkative(p):
+    def step(h, kernel):
+        jax.debug.callback(lambda: None)
+        return h @ kernel, h @ p["late"]
+
+    return step
+
+
 CALLS = {
     "scan": (
         lambda p, h: lax.scan(lambda h, _: (h @ p["late"], None), h, length=3)[0],
         "a scan of 3 iterations",
         "first iteration",
+    ),
+    "scan that calls the host": (
+        lambda p, h: lax.scan(talkative(p), h, p["stack"])[1][-1],
+        "a scan of 3 iterations",
+        "it calls the host",
     ),
     "while": (
         lambda p, h: (

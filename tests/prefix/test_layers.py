@@ -285,3 +285,59 @@ def test_a_loop_that_only_hands_on_what_is_perturbed_is_shared():
 def test_a_group_of_layers_that_is_perturbed_in_part_is_cut_itself(last):
     found = cost("scan of scans", MODELS["scan of scans"], last)
     assert abs(found - cost_over_a_concatenation(last)) < 0.03
+
+
+def sequence_to_sequence(project_at_once, params, x):
+    """A decoder whose projection is in its loop, or behind it."""
+    h, _ = step(x @ params["embed"], at(params["blocks"], 0))
+    project = lambda h: jax.nn.log_softmax(h @ params["head"])  # noqa: E731
+
+    @jax.jit
+    def decode(h, word):
+        h = layer(h + word, at(params["blocks"], 1))
+        return h, h if project_at_once else project(h)
+
+    _, found = lax.scan(decode, h, jnp.linspace(0, 1, 6))
+    return -jnp.mean((project(found) if project_at_once else found)[..., 0])
+
+
+def test_what_a_loop_computes_without_a_perturbed_leaf_is_shared():
+    found, expected = (
+        gnp.masks.cost(
+            functools.partial(sequence_to_sequence, at_once),
+            jax.eval_shape(lambda: parameters("", 64)),
+            gnp.masks.by_path("^head"),
+            jax.ShapeDtypeStruct((512, 3), "float32"),
+        )
+        for at_once in (False, True)
+    )
+    assert abs(found - expected) < 0.03
+
+
+def adapted(params, x):
+    """The head after some steps of gradient descent, in each of which there are the features."""
+
+    def loss(head):
+        h = layer(layer(x @ params["embed"], at(params["blocks"], 0)), at(params["blocks"], 1))
+        return -jnp.mean(jax.nn.log_softmax(h @ head)[:, 0])
+
+    step = lambda head, _: (head - 0.1 * jax.grad(loss)(head), None)  # noqa: E731
+    return loss(lax.scan(step, params["head"], length=5)[0])
+
+
+def test_what_is_the_same_in_all_iterations_is_computed_once():
+    """Even once where the plain gradient computes it in each."""
+    params, x = jax.eval_shape(lambda: parameters("", 64)), jnp.zeros((512, 3))
+    assert gnp.masks.cost(adapted, params, gnp.masks.by_path("^head"), x) < 1
+
+
+def test_a_loop_that_saves_no_product_is_left_as_it_is():
+    def loss(params, x):
+        grow = lambda h, _: ((h[0] + 1, jnp.tanh(h[1] @ params["head"].T * h[0])), None)  # noqa: E731
+        (_, h), _ = lax.scan(grow, (0, x), length=3)
+        return jnp.sum(h)
+
+    params, x = parameters("", 3), jnp.ones((4, 3))
+    chosen = gnp.masks.by_path("^head")
+    (refusal,) = gnp.masks.explain(loss, params, chosen, x).not_cut
+    assert refusal.why == "its first iteration uses a perturbed leaf"

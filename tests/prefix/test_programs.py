@@ -216,6 +216,64 @@ def scan_by_index(p, h):
 
 
 @layer
+def partly_known_scan(p, h):
+    """Carries of which each depends on another leaf, and a counter."""
+
+    def step(carry, x):
+        first, second, i = carry
+        first = jnp.tanh(first @ p["w"] + x)
+        second = jnp.tanh(second + first * p["b"] * i)
+        return (first, second, i + 1), (second.sum() + x, first * i, 2.0)
+
+    carry, (sums, firsts, _) = lax.scan(step, (h, h, 0), jnp.arange(3.0), reverse=True, unroll=2)
+    return carry[1] * jnp.cos(sums[1]) + firsts[2] + carry[2]
+
+
+@layer
+def partly_known_scan_of_carried_parameters(p, h):
+    def step(carry, w):
+        h, p, out = carry
+        h, out = jax.checkpoint(lambda h: (dense(p, h), out + jnp.tanh(h @ p["w"] @ w)))(h)
+        return (h, p, out), None
+
+    return lax.scan(step, (h, {k: p[k] for k in ("w", "b")}, h), 2 * p["stack"])[0][2]
+
+
+@layer
+def partly_known_scan_of_scans(p, h):
+    def step(carry, i):
+        h, out = carry
+        h = jax.jit(scanned)(h, p["stack"])
+        kept = jax.random.bernoulli(jax.random.fold_in(jax.random.key(3), i), 0.7, h.shape)
+        inner = lambda c, x: ((c[0] @ p["w"], jnp.sin(c[1] * c[0] + p["b"])), x)  # noqa: E731
+        return (h, out + lax.scan(inner, (h, h), length=2)[0][1] * kept), None
+
+    return lax.scan(step, (h, h), jnp.arange(2))[0][1]
+
+
+@layer
+def partly_known_scan_with_inner_gradient(p, h):
+    """Features of which only what reads them is adapted."""
+
+    def step(b, _):
+        loss = lambda b, h: jnp.sum(jnp.tanh(jnp.tanh(h @ p["w"]) * b))  # noqa: E731
+        return b - 0.1 * jax.grad(loss)(b, h), None
+
+    return h * lax.scan(step, p["b"], length=2)[0]
+
+
+@layer
+def partly_known_scan_with_infinite_derivative(p, h):
+    def step(h, x):
+        h = h @ p["w"] + x
+        root = jnp.sqrt(0 * h)
+        out = jnp.where(root > p["b"], 0.5 * h, h) + lax.stop_gradient(root * p["b"])
+        return h, out * p["b"] * lax.stop_gradient(jnp.sqrt(0 * p["w"].sum()) + 1)
+
+    return lax.scan(step, h, jnp.arange(2.0))[1][1]
+
+
+@layer
 def fori_loop_by_index(p, h):
     return lax.fori_loop(0, 2, lambda i, c: jnp.tanh(c @ p["stack"][i]) * p["b"][i], h)
 
@@ -511,6 +569,19 @@ def test_layer_of_which_part_is_perturbed(name, scope):
     part = {"w": False, "b": False, "stack": np.array([False, True])}
     blocks = [("nothing", [(name, 0), (name, 1), (name, 2)])]
     check(blocks, [False, part, False], scope=scope, traced=exact(blocks))
+
+
+PARTLY_KNOWN = [name for name in LAYERS if name.startswith("partly_known")]
+
+
+@pytest.mark.exhaustive(but=["partly_known_scan-b", "partly_known_scan_of_scans-b"])
+@pytest.mark.parametrize("leaf", ["w", "b", "stack"])
+@pytest.mark.parametrize("name", PARTLY_KNOWN)
+def test_loop_of_which_part_is_known(name, leaf):
+    if leaf == "stack" and "stack" not in inspect.getsource(LAYERS[name]):
+        pytest.skip("it has no stack")
+    part = {key: key == leaf for key in ("w", "b", "stack")}
+    check([("nothing", [(name, 0), (name, 1)])], [False, part, False], traced=True)
 
 
 @st.composite
