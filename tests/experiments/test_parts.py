@@ -147,7 +147,7 @@ def test_batch_statistics_are_those_of_one_clean_pass():
         images(32, 8, 3), images(8, 8, 3, seed=1), scale=255.0, mean=(0.5,), std=(0.2,)
     )
     trainer = Trainer(config, loaded)
-    state = trainer._init(None)(0)
+    state = trainer._fresh(0, None)
     batch = data.Split(*(x[:16] for x in loaded.train))
     key = jax.random.key(0)
     _, clean = trainer.network.loss(state.params, *batch, state.statistics, key)
@@ -181,7 +181,7 @@ def model_head(config, loaded):
 def test_layers_compute_in_bfloat16_and_parameters_stay_float32(digits):
     config = dataclasses.replace(TINY, dtype="bfloat16")
     trainer = Trainer(config, digits)
-    state = trainer._init(None)(0)
+    state = trainer._fresh(0, None)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     program = str(
         jax.make_jaxpr(trainer.network.loss)(
@@ -272,7 +272,7 @@ def test_the_selections_before_an_interruption_count(trainer, monkeypatch):
     with pytest.raises(RuntimeError, match="StopIteration"):
         next(
             trainer._epochs(
-                config, "layerwise", Kind(), trainer._init(None)(0), trainer.train, done
+                config, "layerwise", Kind(), trainer._fresh(0, None), trainer.train, done
             )
         )
     assert kinds[0].mask.paths == ("head",)
@@ -280,7 +280,7 @@ def test_the_selections_before_an_interruption_count(trainer, monkeypatch):
 
 def test_a_checkpoint_of_other_options_is_refused(trainer, tmp_path):
     config = dataclasses.replace(TINY, out=tmp_path)
-    state = trainer._init(None)(0)
+    state = trainer._fresh(0, None)
     Checkpoint(config, "gr", [0]).save(state, [])
     with pytest.raises(ValueError, match="was made with other options"):
         Checkpoint(dataclasses.replace(config, r=0.2), "gr", [0]).load(state)
@@ -308,7 +308,7 @@ def test_fine_tuning_starts_from_what_was_learned_with_a_new_head(digits, tmp_pa
     trainer = Trainer(config, digits)
     list(trainer.run("plain", [0]))
     path = tmp_path / "plain-0-parameters.msgpack"
-    fresh = trainer._init(None)(1)
+    fresh = trainer._fresh(1, None)
     start = pretrained(path, fresh)
     for name, layer in start.params.items():
         for a, b in zip(*map(jax.tree.leaves, (layer, fresh.params[name])), strict=True):
@@ -351,8 +351,8 @@ def test_a_diverged_run_is_never_kept(trainer, tmp_path, monkeypatch, epoch):
 @pytest.mark.parametrize("damage", ["empty", "bit", "cut", "another type"])
 def test_a_damaged_checkpoint_is_set_aside_and_never_trained_on(trainer, tmp_path, damage):
     checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), "gr", [0])
-    fresh = trainer._init(None)(0)
-    checkpoint.save(trainer._init(None)(1), [[{"epoch": 1}]])
+    fresh = trainer._fresh(0, None)
+    checkpoint.save(trainer._fresh(1, None), [[{"epoch": 1}]])
     whole = checkpoint.path.read_bytes()
     random = np.random.default_rng(0)
     for i in range(10):
@@ -387,9 +387,9 @@ def test_parameters_are_kept_where_a_run_ended_before_it_could(trainer, tmp_path
 
 def test_parameters_of_another_file_are_refused(trainer, tmp_path):
     checkpoint = Checkpoint(dataclasses.replace(TINY, out=tmp_path), "gr", [0])
-    checkpoint.save(trainer._init(None)(0), [])
+    checkpoint.save(trainer._fresh(0, None), [])
     with pytest.raises(ValueError, match="was not written by --keep-parameters"):
-        pretrained(checkpoint.path, trainer._init(None)(0))
+        pretrained(checkpoint.path, trainer._fresh(0, None))
 
 
 def test_options_on_file_are_those_of_the_same_command(tmp_path):
@@ -424,7 +424,7 @@ def test_every_group_drops_its_own_units(digits):
     """Of two identical groups; with one key for both they would give what one gives."""
     config = dataclasses.replace(TINY, dropout=0.5, head="normal")
     trainer = Trainer(config, digits)
-    state, key = trainer._init(None)(0), jax.random.key(0)
+    state, key = trainer._fresh(0, None), jax.random.key(0)
     half = data.Split(*(x[:8] for x in digits.train))
     twice = data.Split(*(jnp.concatenate([x, x]) for x in half))
     steps = dataclasses.replace(trainer.steps, config=dataclasses.replace(config, m=8))
@@ -445,7 +445,7 @@ def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(trainer, monkeyp
         kinds = []
         with pytest.raises(StopIteration):
             trainer.epochs.train(
-                trainer._init(None)(0), trainer.train, weights(trainer, method), Kind()
+                trainer._fresh(0, None), trainer.train, weights(trainer, method), Kind()
             )
         assert kinds[0].alpha == alpha
 
@@ -464,7 +464,7 @@ def stop():
 
 
 def test_early_statistics_are_those_of_the_steps_after_the_gradient(trainer, digits):
-    state = trainer._init(None)(0)
+    state = trainer._fresh(0, None)
     # Weight 0 at the first step.
     early = next(trainer.run("gr-lambda-warmup", [0]))[0]["early"]
     assert {len(x) for x in early.values()} == {4}

@@ -235,7 +235,7 @@ def test_a_method_with_a_memory_is_the_loop_written_by_hand(small, method, decay
     )
     trainer = Trainer(config, small)
     kind = trainer._kind(config, method)
-    start = trainer._init(kind.memory)(0)
+    start = trainer._fresh(0, kind.memory)
     scheduled = Scheduled(
         *(x[: trainer.steps_per_epoch] for x in trainer._schedule(config, method))
     )
@@ -262,7 +262,7 @@ def test_weights_are_rounded_to_15_values_in_every_output_channel():
 
 def test_calibration_is_confidence_beside_accuracy_in_15_bins(small):
     trainer = Trainer(dataclasses.replace(MLP, seeds_together=False, label_noise=0.0), small)
-    state = trainer._init(None)(0)
+    state = trainer._fresh(0, None)
     found = trainer.evaluation.test(state, is_last=True)
     p = np.asarray(jax.nn.softmax(trainer.network.logits(state.params, {}, small.test.images)))
     confidence, correct = p.max(1), p.argmax(1) == np.asarray(small.test.labels)

@@ -25,7 +25,7 @@ def test_bare_step_trains_as_the_comparison_does(trainer, method):
     step, state, (batch, key) = throughput.bare(trainer, method)
     alpha = 0.0 if method == "plain" else trainer.config.alpha
     r = trainer.config.r
-    start = trainer._init(None)(0)._replace(params=state[0], opt_state=state[1])
+    start = trainer._fresh(0, None)._replace(params=state[0], opt_state=state[1])
     at = Scheduled(r, alpha, 0.0, trainer.config.weight_decay, 0.0, False)
     expected = trainer.steps.take(start, batch, key, at, Kind())[2]
     state = step(*state, batch, key)

@@ -119,8 +119,7 @@ class Trainer:
     def _start(self, config: Config, kind: Kind, seeds: Sequence[int]) -> tuple[State, Split]:
         """Return the state that runs of these seeds begin with, and their training examples."""
         numbers = jnp.asarray(seeds if self.config.seeds_together else seeds[0])
-        params, step, key, statistics = self._initialize(numbers)
-        fresh = State(params, self._empty(kind.memory)(params), step, key, statistics)
+        fresh = self._fresh(numbers, kind.memory)
         if config.pretrained:
             fresh = checkpoints.pretrained(config.pretrained, fresh)
         train = self.train
@@ -215,6 +214,10 @@ class Trainer:
 
     def _noisy(self, seed: jax.Array, labels: jax.Array, numbers: jax.Array) -> jax.Array:
         return noisy(labels, numbers, seed, self.config.label_noise, self.data.classes)
+
+    def _fresh(self, numbers: jax.Array, memory: Memory | None) -> State:
+        params, step, key, statistics = self._initialize(numbers)
+        return State(params, self._empty(memory)(params), step, key, statistics)
 
     def _of_seed(self, seed: jax.Array) -> tuple[Params, jax.Array, jax.Array, Any]:
         init_key, key = jax.random.split(jax.random.key(seed))
