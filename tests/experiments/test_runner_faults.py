@@ -209,6 +209,7 @@ def faults(runner, folder, prepare, error):
             said = runner.start(out)
         if writes.steps < first:
             assert first > 30
+            print(f"{first - 1} faults")
             return
         yield out, said
         shutil.rmtree(out, ignore_errors=True)  # a kill may have come before it
