@@ -28,6 +28,11 @@ def layer_of(path: str) -> str:
     return path.rpartition("/")[0]
 
 
+def layers_of(tree: PyTree) -> list[str]:
+    """Return the layers of a tree, each once, in the order of their first leaves."""
+    return [*dict.fromkeys(map(layer_of, leaf_paths(tree)))]
+
+
 def _join(path: tuple[Any, ...]) -> str:
     joined = ""
     for key in path:

@@ -160,7 +160,7 @@ def _train(config: Config, groups: list[Group], records: Records | None, process
         events = workers.train(config, groups, processes)
     else:
         part = jax.process_index(), jax.process_count()
-        events = workers.steps(Trainer(config, load(config, part)), groups)
+        events = workers.in_turn(Trainer(config, load(config, part)), groups)
     epochs: dict[Method, list[Epoch]] = {}  # of what is being trained
     with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
         for (method, seeds), epoch in events:

@@ -93,11 +93,10 @@ class Evaluation:
         norm, sharpness, norms = jax.device_get(measured)
         if norm.ndim:
             norms = np.sqrt(np.mean(norms**2, axis=0))
-        layers = dict.fromkeys(map(paths.layer_of, paths.leaf_paths(grads)))
         return grads, {
             "gradient_norm": norm,
             "sharpness": sharpness,
-            "layer_norms": dict(zip(layers, rounded(norms), strict=True)),
+            "layer_norms": dict(zip(paths.layers_of(grads), rounded(norms), strict=True)),
         }
 
     def _measure(self, params: Params, statistics: Any, probe: Split) -> tuple[Params, Any]:

@@ -261,7 +261,7 @@ class Trainer:
     def _blocks(self, selects: methods.Selection, scope: Scope) -> Any:
         """Return the mask of blocks from one end of the network on."""
         depth = self.model.depth
-        layers = dict.fromkeys(map(paths.layer_of, paths.leaf_paths(self._shapes[0])))
+        layers = paths.layers_of(self._shapes[0])
         places = {layer: _place(layer, depth) for layer in layers}
 
         def mask(count: int) -> Any:

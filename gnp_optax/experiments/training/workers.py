@@ -51,13 +51,13 @@ def train(
     events, cores = spawning.SimpleQueue(), spawning.SimpleQueue()
     for core in cpu_cores():
         cores.put(core)
-    with ProcessPoolExecutor(processes, spawning, _begin, (config, cores, events)) as pool:
+    with ProcessPoolExecutor(processes, spawning, _begin, (cores, events)) as pool:
         try:
             # From both ends, as neighbours often share a program, which each process compiles.
             ends = [groups[-1 - i // 2 if i % 2 else i // 2] for i in range(len(groups))]
-            futures = [pool.submit(_run, *group) for group in ends]
-            for i, future in enumerate(futures):
-                future.add_done_callback(functools.partial(_put_done, events, i))
+            futures = [pool.submit(_run, config, group) for group in ends]
+            for future in futures:
+                future.add_done_callback(lambda done: events.put(futures.index(done)))
             for _ in futures:
                 while not isinstance(event := events.get(), int):
                     yield event
@@ -73,7 +73,7 @@ def train(
             raise
 
 
-def steps(trainer: Trainer, groups: Sequence[Group]) -> Iterator[tuple[Group, Epoch | None]]:
+def in_turn(trainer: Trainer, groups: Sequence[Group]) -> Iterator[tuple[Group, Epoch | None]]:
     """Train in this process, one after the other; yield as `train` does."""
     for method, seeds in groups:
         yield (method, seeds), None
@@ -84,31 +84,17 @@ def steps(trainer: Trainer, groups: Sequence[Group]) -> Iterator[tuple[Group, Ep
             yield (method, seeds), epoch
 
 
-def _put_done(events: Any, i: int, _: Any) -> None:
-    events.put(i)
+# In a process that trains, where it tells what it has measured.
+_events: Any
 
 
-class _Process:
-    """What a process that trains has."""
-
-    def __init__(self, config: Config, events: Any) -> None:
-        self.config, self.events = config, events
-
-    @functools.cached_property
-    def trainer(self) -> Trainer:
-        return Trainer(self.config, load(self.config, (0, 1)))
-
-
-_process: _Process
-
-
-def _begin(config: Config, cores: Any, events: Any) -> None:
-    global _process
+def _begin(cores: Any, events: Any) -> None:
+    global _events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that has started it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
-    _process = _Process(config, events)
+    _events = events
 
 
 def _end_with_parent() -> None:
@@ -117,6 +103,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _run(*group: Any) -> None:
-    for event in steps(_process.trainer, [group]):
-        _process.events.put(event)
+@functools.cache
+def _trainer(config: Config) -> Trainer:
+    return Trainer(config, load(config, (0, 1)))
+
+
+def _run(config: Config, group: Group) -> None:
+    for event in in_turn(_trainer(config), [group]):
+        _events.put(event)
