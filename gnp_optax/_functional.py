@@ -226,11 +226,13 @@ class _Shared(NamedTuple):
         loss: The loss of what is perturbed and of the boundary.
         point: What is perturbed, and the boundary.
         pullback: From the gradient at the point to that at the parameters.
+        asks: Whether both gradients have to be of the same arrays.
     """
 
     loss: Loss
     point: Point
     pullback: Callable[[Gradient], Gradient]
+    asks: bool
 
 
 def _shared(loss: Loss, params: Point, options: Options, is_plain: bool) -> _Shared:
@@ -250,7 +252,7 @@ def _shared(loss: Loss, params: Point, options: Options, is_plain: bool) -> _Sha
         (at_unperturbed,) = pull(gradient[1])
         return gradient[0], at_unperturbed
 
-    return _Shared(rest, (perturbed, boundary), pullback)
+    return _Shared(rest, (perturbed, boundary), pullback, cut.asks)
 
 
 class _First(NamedTuple):
@@ -269,19 +271,20 @@ def _first_gradient(shared: _Shared, options: Options, is_plain: bool) -> _First
     if not is_plain:  # only a second gradient could be of other types than the first
         loss = perturbation.at_types(loss, point, options.perturb_dtype)
     gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    # Where both gradients are of the same arrays, they are traced once.
     is_same = options.scope == "all" or not point[1]
-    if is_same and not is_plain:
+    # Where both gradients are of the same arrays, they are traced once.
+    is_traced_once = is_same or shared.asks
+    if is_traced_once and not is_plain:
         gradient = losses.traced_once(gradient, *point)
     # What is not linear in g~ is found in the parameters, behind the cut.
     separately = options.scope == "all" and not mixing.is_known_to_be(0, options.surrogate_gap)
     pull, pullback = _pulls(shared.pullback, separately)
 
     def gradient_at(moved: Arrays, others: Arrays) -> tuple[jax.Array, Gradient]:
-        if not is_same:
+        if not is_traced_once:
             return perturbation.gradient(loss, (moved, others), options.scope)
         (value, _), found = gradient(moved, others)
-        return value, pull(found)
+        return value, pull(found) if is_same else (found[0], [None] * len(others))
 
     second = perturbation.by_difference(gradient_at, point, options.perturb_dtype)
     found, g = gradient(*point)

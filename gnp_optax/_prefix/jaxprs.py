@@ -148,6 +148,13 @@ def has_product(eqn: core.JaxprEqn) -> bool:
     )
 
 
+def asks_what_is_differentiated(eqn: core.JaxprEqn) -> bool:
+    """Whether a custom derivative in the equation is told for which arguments it is taken."""
+    return bool(eqn.params.get("symbolic_zeros")) or any(
+        asks_what_is_differentiated(e) for inner in inner_jaxprs(eqn) for e in inner.eqns
+    )
+
+
 def evaluate(jaxpr: core.Jaxpr, eqns: Sequence[core.JaxprEqn], env: Env) -> Env:
     """Run some equations of a jaxpr; return their results."""
     results = unique(v for eqn in eqns for v in eqn.outvars)

@@ -30,12 +30,15 @@ class Cut(NamedTuple):
     `prefix(unperturbed)` returns the boundary, through which the loss depends on the unperturbed
     leaves, and a list of further values, which need no gradient: what comes from data or random
     keys alone, integers, what is only compared or only returned. `suffix(perturbed, boundary,
-    values)` returns the loss and aux. `begins` is where its first matrix product stands that
-    depends on a perturbed leaf, and `not_cut` what was left whole.
+    values)` returns the loss and aux. Where it `asks`, a custom derivative in it is told which of
+    its arguments are differentiated: JAX fails where that is not the same each time that one
+    program is differentiated. `begins` is where its first matrix product stands that depends on a
+    perturbed leaf, and `not_cut` what was left whole.
     """
 
     prefix: Callable[[Arrays], tuple[Arrays, Arrays]]
     suffix: Callable[[Arrays, Arrays, Arrays], tuple[jax.Array, Any]]
+    asks: bool = False
     begins: str = ""
     not_cut: tuple[NotCut, ...] = ()
 
@@ -130,7 +133,9 @@ def _trace(loss: Loss, perturbed: Arrays, unperturbed: Arrays) -> Cut:
         raise ValueError("A custom derivative holds a value of the loss as it was traced.")
     products = (e for e in after if jaxprs.has_product(e) and not own.isdisjoint(jaxprs.read(e)))
     begins = next(map(refusals.where, products), "")
-    return handing_over([v for i, v in enumerate(boundary) if i in reached])._replace(begins=begins)
+    asks = any(map(jaxprs.asks_what_is_differentiated, after))
+    passed = [v for i, v in enumerate(boundary) if i in reached]
+    return handing_over(passed)._replace(asks=asks, begins=begins)
 
 
 def _held(closed: core.ClosedJaxpr) -> set[int]:

@@ -584,6 +584,14 @@ def test_loop_of_which_part_is_known(name, leaf):
     check([("nothing", [(name, 0), (name, 1)])], [False, part, False], traced=True)
 
 
+def test_derivative_that_asks_what_is_differentiated():
+    """JAX differentiates one program with respect to the same arrays each time, or fails."""
+    of_stack = {"w": False, "b": False, "stack": np.array([False, True])}
+    mask = [{"w": False, "b": True, "stack": False}, False, of_stack]
+    layers = [("associative_scan", 1), ("custom_vjp_with_symbolic_zeros", 0)]
+    check([("scan", layers)], mask, scope="masked")
+
+
 @st.composite
 def masks(draw):
     """Some leaves selected, but never all."""
