@@ -132,7 +132,7 @@ def experts(batch):
             x = x + h * jnp.take_along_axis(gates, chosen[:, None], -1)
         return x @ params["head"]
 
-    return logits, params, (jnp.ones((tokens, width)),), "^(layer_1|head)"
+    return logits, params, (jnp.ones((tokens, width)),), "."
 
 
 class Recurrent(nn.Module):
