@@ -247,12 +247,11 @@ def _of_ragged_dot(eqn: core.JaxprEqn) -> float:
     (contracted, _), _ = dimensions.dot_dimension_numbers
     left, groups = _shape(eqn.invars[0]), _shape(eqn.invars[2])
     products = 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[i] for i in contracted)
-    # Where the groups are contracted, the result has a matrix for each.
-    within = set(contracted).isdisjoint(dimensions.lhs_ragged_dimensions)
-    if jax.default_backend() == "tpu":
-        return products if within else products / groups[-1]
-    # Elsewhere JAX has every group multiply all rows, those of the others as zeros.
-    return products * groups[-1] if within else products
+    # Where the groups are contracted, each result sums over its own group only.
+    if not set(contracted).isdisjoint(dimensions.lhs_ragged_dimensions):
+        products /= groups[-1]
+    # But on a TPU, JAX has every group multiply all rows, those of the others as zeros.
+    return products if jax.default_backend() == "tpu" else products * groups[-1]
 
 
 def _multiplications(power: int) -> int:
