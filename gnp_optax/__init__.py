@@ -14,7 +14,7 @@ step did. `canonical_convolutions` is for loops on a CPU. Beside them:
     diagnostics    how flat a minimum is: sharpness, Hessian, landscapes
     plots          pictures of what diagnostics measures
 
-The last five need Flax, Equinox, matfree or matplotlib, and are imported when they are asked for.
+The last five need Flax, Equinox, tqdm or matplotlib, and are imported when they are asked for.
 The comparison of all methods is a command: `python -m gnp_optax.experiments`.
 """
 
@@ -63,7 +63,7 @@ _EXTRAS = {
     "nnx": ("flax", ("flax",)),
     "equinox": ("equinox", ("equinox",)),
     "plots": ("plots", ("matplotlib",)),
-    "diagnostics": ("diagnostics", ("matfree", "tqdm")),
+    "diagnostics": ("diagnostics", ("tqdm",)),
 }
 
 

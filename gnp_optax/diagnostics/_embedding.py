@@ -17,10 +17,10 @@ Arrays = list[Any]
 class Embedding:
     """An isometry from lists of arrays to arrays of shape (*mesh, length), padded with zeros.
 
-    matfree works on vectors. To flatten a model into one would gather it on every device. Here each
-    device flattens its own shard, and of an array that it has in common with others its own share.
-    Complex arrays go to their real and imaginary parts. Without a mesh the shape is (length,).
-    To compile what is drawn or summed once for one vector is ten times as quick as for each leaf.
+    To flatten a model into one vector would gather it on every device. Here each device flattens
+    its own shard, and of an array that it has in common with others its own share. Complex arrays
+    go to their real and imaginary parts. Without a mesh the shape is (length,). To compile what is
+    drawn or summed once for one vector is ten times as quick as for each leaf.
 
     Args:
         arrays: Arrays such as those to embed.

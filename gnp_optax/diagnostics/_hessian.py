@@ -108,7 +108,7 @@ def hessian_eigenvalues(
         batch_size=batch_size,
         has_aux=has_aux,
         progress=progress,
-        passes=size + k,
+        passes=size,
     )
     return Eigenpairs(*found)
 

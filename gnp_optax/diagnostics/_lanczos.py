@@ -1,12 +1,12 @@
-"""The Hessian as a linear operator on one array, and what matfree finds out about it."""
+"""The Hessian as a linear operator on one array, and what products of it with vectors tell."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from matfree import decomp, stochtrace
 
 from gnp_optax._core import numerics
 from gnp_optax.diagnostics import _dataset
@@ -23,11 +23,13 @@ class Hessian:
     ) -> None:
         self._losses = _dataset.Losses(objective, bar, params, args)
         self._embedding = Embedding(self._losses.perturbed, self._losses.shardings)
+        self._precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
 
     def __call__(self, vector: jax.Array) -> jax.Array:
-        """Return the Hessian times a vector."""
-        tangents = self._embedding.restore(vector)
-        return self._embedding.embed(self._losses.hessian_product(tangents))
+        """Return the Hessian times a vector, the loss in the precision that was the user's."""
+        with jax.default_matmul_precision(self._precision):
+            tangents = self._embedding.restore(vector)
+            return self._embedding.embed(self._losses.hessian_product(tangents))
 
     def tree(self, vector: jax.Array) -> PyTree:
         """Return a vector as a tree like the parameters."""
@@ -38,37 +40,72 @@ class Hessian:
         return self._embedding.random(key, sample)
 
 
+class Krylov(NamedTuple):
+    """What the Lanczos iteration finds: H times `basis[i]` is `matrix[i]` times the basis.
+
+    Attributes:
+        basis: Orthonormal vectors (num_matvecs + 1, *shape); 0 from where the iteration ended.
+        matrix: Coefficients (num_matvecs, num_matvecs + 1), tridiagonal up to rounding.
+    """
+
+    basis: jax.Array
+    matrix: jax.Array
+
+
 class Ritz(NamedTuple):
-    """Eigenvalues ascending and eigenvectors of the tridiagonal matrix; which of both are real."""
+    """Eigenvalues ascending and eigenvectors of the matrix; which eigenvalues are real."""
 
     values: jax.Array
     vectors: jax.Array
-    is_row: jax.Array
     is_value: jax.Array
 
 
 @numerics.promoting
-def ritz(basis: jax.Array, hessenberg: jax.Array) -> Ritz:
-    """Decompose the matrix of a Lanczos iteration, up to where it broke down.
+def lanczos(
+    product: Callable[[jax.Array], jax.Array], start: jax.Array, num_matvecs: int
+) -> Krylov:
+    """Span the Krylov space of a symmetric operator, with full reorthogonalization.
 
-    That is where the vectors so far span an invariant subspace: the next one is 0 / 0, or rounding
-    errors. If these are orthogonal to the vectors before them they serve to go on. If not, the
-    iteration ends there, and the eigenvalues of the matrix up to there are exact.
+    Where the vectors span an invariant subspace, a product has nothing new but rounding errors. If
+    a part of these is orthogonal to the vectors it serves to go on. If not, the iteration ends.
     """
-    size = len(hessenberg)
-    products = jnp.tensordot(basis, basis, axes=(tuple(range(1, basis.ndim)),) * 2)
-    is_orthonormal = jnp.all(jnp.abs(jnp.tril(products) - jnp.eye(size)) < 1e-3, axis=1)
-    rows = jnp.arange(size)
-    # The smallest number, as a cumulative product compiles into a kernel for each power of two.
-    is_row = rows < jnp.min(jnp.where(is_orthonormal | (rows == 0), size, rows))
-    diagonal = jnp.where(is_row, jnp.diagonal(hessenberg), 0)
-    beside = jnp.where(is_row[1:], jnp.diagonal(hessenberg, -1), 0)
-    bound = jnp.maximum(jnp.max(jnp.abs(diagonal)), jnp.max(jnp.abs(beside), initial=0))
-    below = -4 * jnp.where(bound == 0, 1, bound)  # all eigenvalues are above -3 * bound
-    diagonal = jnp.where(is_row, diagonal, below)
-    matrix = jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1)
-    values, vectors = jnp.linalg.eigh(matrix)
-    return Ritz(values, vectors, is_row, rows >= size - jnp.sum(is_row))
+    rows = jnp.arange(num_matvecs + 1)
+
+    def split(basis: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the coefficients along the basis, and the rest."""
+        along = jnp.tensordot(basis, vector, vector.ndim)
+        return along, vector - jnp.tensordot(along, basis, 1)
+
+    def step(basis: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        along, rest = split(basis, product(jax.lax.dynamic_index_in_dim(basis, i, keepdims=False)))
+        # Twice is enough (Kahan and Parlett), unless hardly anything is left the second time.
+        again, new = split(basis, rest)
+        norm = _norm(new)
+        norm = jnp.where(norm > 1e-3 * _norm(rest), norm, 0)
+        new = jnp.where(norm > 0, new / norm, 0)
+        basis = jax.lax.dynamic_update_index_in_dim(basis, new, i + 1, 0)
+        return basis, along + again + jnp.where(rows == i + 1, norm, 0)
+
+    zeros = jnp.zeros((num_matvecs, *start.shape), start.dtype)
+    basis = jnp.concatenate([(start / _norm(start))[None], zeros])
+    return Krylov(*jax.lax.scan(step, basis, jnp.arange(num_matvecs)))
+
+
+@numerics.promoting
+def ritz(matrix: jax.Array) -> Ritz:
+    """Decompose the matrix of a Lanczos iteration, up to where it ended."""
+    rows = jnp.arange(len(matrix))
+    is_row = (rows == 0) | (jnp.roll(jnp.diagonal(matrix, 1), 1) > 0)
+    scale = jnp.sqrt(jnp.sum(jnp.square(matrix)))
+    # Beyond where it ended, what is below all eigenvalues.
+    below = -2 * jnp.where(scale == 0, 1, scale)
+    matrix = jnp.where(is_row | (rows != rows[:, None]), matrix[:, :-1], below)
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    return Ritz(values, vectors, jnp.flip(is_row))
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.sum(jnp.square(x)))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("k", "num_matvecs"))
@@ -84,17 +121,17 @@ def eigenpairs(
 ) -> tuple[jax.Array, PyTree, jax.Array]:
     """Return the largest eigenvalues, their eigenvectors as trees, and the residuals."""
     hessian = Hessian(objective, bar, params, args)
-    basis, found = _lanczos(hessian, hessian.random(key, jax.random.normal), num_matvecs)
-    values, is_value = found.values[::-1][:k], found.is_value[::-1][:k]
-    values = jnp.where(is_value, values, jnp.nan)
-    vectors = _combined(basis, found.vectors[:, ::-1][:, :k], found.is_row)
-
-    def checked(pair: tuple[jax.Array, jax.Array]) -> tuple[PyTree, jax.Array]:
-        value, vector = pair
-        return hessian.tree(vector), numerics.norm([hessian(vector) - value * vector])
-
-    trees, residuals = jax.lax.map(checked, (values, vectors))
-    return values, trees, residuals
+    with _precisely():
+        start = hessian.random(key, jax.random.normal)
+        basis, matrix = lanczos(hessian, start, num_matvecs)
+        found = ritz(matrix)
+        values, is_value = found.values[::-1][:k], found.is_value[::-1][:k]
+        values = jnp.where(is_value, values, jnp.nan)
+        coefficients = jnp.pad(found.vectors[:, ::-1][:, :k].T, [(0, 0), (0, 1)])
+        vectors = jnp.tensordot(coefficients, basis, 1)
+        errors = coefficients[:, :-1] @ matrix - values[:, None] * coefficients
+        residuals = jax.vmap(_norm)(jnp.tensordot(errors, basis, 1))
+    return values, jax.vmap(hessian.tree)(vectors), residuals
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_samples")
@@ -109,10 +146,10 @@ def trace(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the mean of `v' H v` over random vectors of signs, and its standard error."""
     hessian = Hessian(objective, bar, params, args)
-    quadratic_form = stochtrace.monte_carlo_trace()
 
     def sample(key: jax.Array) -> jax.Array:
-        return quadratic_form(hessian, hessian.random(key, jax.random.rademacher))
+        vector = hessian.random(key, jax.random.rademacher)
+        return numerics.product(vector, hessian(vector))
 
     # One after the other: `vmap` would keep all of them in memory.
     samples = jax.lax.map(sample, jax.random.split(key, num_samples))
@@ -136,7 +173,8 @@ def quadrature(
 
     def sample(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = hessian.random(key, jax.random.rademacher)
-        _, found = _lanczos(hessian, start, num_matvecs)
+        with _precisely():
+            found = ritz(lanczos(hessian, start, num_matvecs).matrix)
         weights = jnp.where(found.is_value, jnp.square(found.vectors[0]), 0)
         # In place of what was not found, the last value again, of no weight, after the others.
         values = jnp.where(found.is_value, found.values, found.values[-1])
@@ -146,31 +184,7 @@ def quadrature(
     return jax.lax.map(sample, jax.random.split(key, num_samples))
 
 
-def _lanczos(hessian: Hessian, start: jax.Array, num_matvecs: int) -> tuple[jax.Array, Ritz]:
-    # What is beneath matfree's `eigh_partial(tridiag_sym(n))`: that makes as many eigenvectors as
-    # there are products, and takes no notice of a breakdown.
-    decompose = decomp.hessenberg(num_matvecs, reortho="full", custom_vjp=False)
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-
-    def product(vector: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision(precision):
-            return hessian(vector)
-
-    # A GPU would round float32 to 10 bits, and the basis would not be orthogonal.
-    with jax.default_matmul_precision("highest"):
-        basis, matrix, *_ = decompose(product, start)
-        return basis, ritz(basis, matrix)
-
-
-def _combined(basis: jax.Array, coefficients: jax.Array, is_row: jax.Array) -> jax.Array:
-    """Return as many vectors as `coefficients` has columns, from the rows that are real."""
-
-    def add(total: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        vector, weights, is_real = row
-        weights = weights.reshape(-1, *[1] * vector.ndim)
-        return total + weights * jnp.where(is_real, vector, 0), None
-
-    zeros = jnp.zeros((coefficients.shape[1], *basis.shape[1:]), basis.dtype)
-    # One by one: a product of matrices would take a copy of the basis without its NaN.
-    total, _ = jax.lax.scan(add, zeros, (basis, coefficients, is_row))
-    return total
+def _precisely() -> contextlib.AbstractContextManager[None]:
+    """Multiply in full: a GPU would round float32 to 10 bits, and no basis were orthogonal."""
+    precision: contextlib.AbstractContextManager[None] = jax.default_matmul_precision("highest")
+    return precision
