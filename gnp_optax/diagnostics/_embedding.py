@@ -46,10 +46,11 @@ class Embedding:
         ]
 
     @numerics.promoting
-    def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> jax.Array:
+    def random(self, key: jax.Array, of_bits: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Return a random vector, the same however the arrays are sharded; the padding is 0.
 
-        Each element is drawn for itself, by its number. (Beyond 2^32 they come again.)
+        Each element is drawn for itself, by its number. (Beyond 2^32 they come again.) `of_bits` is
+        `normal` or `signs`.
         """
         numbers: list[Arrays] = []
         first = 1
@@ -61,13 +62,13 @@ class Embedding:
         number = self._joined(numbers)
         dtype = jax.eval_shape(self.embed, self._templates).dtype
 
-        def element(number: jax.Array) -> jax.Array:
-            return sample(jax.random.fold_in(key, number), (), dtype)
+        def bits(number: jax.Array) -> jax.Array:
+            # What is derived from a key is random itself; to draw from it compiles as long again.
+            return jax.random.key_data(jax.random.fold_in(key, number))[..., 0]
 
-        drawn = element
         for _ in number.shape:
-            drawn = jax.vmap(drawn)
-        return jnp.where(number == 0, 0, drawn(number)).astype(dtype)
+            bits = jax.vmap(bits)
+        return jnp.where(number == 0, 0, of_bits(bits(number))).astype(dtype)
 
     def _joined(self, parts: list[Arrays]) -> jax.Array:
         """Return as one the real parts of every array."""
@@ -77,6 +78,18 @@ class Embedding:
             for part in of_array
         ]
         return jnp.concatenate(pieces, axis=-1)
+
+
+def normal(bits: jax.Array) -> jax.Array:
+    """Return normally distributed numbers for random bits (uint32), of which it uses 23."""
+    # Odd multiples of 2^-23 between -1 and 1, which float32 has exactly.
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
+    return jnp.float32(2**0.5) * jax.scipy.special.erfinv(uniform)
+
+
+def signs(bits: jax.Array) -> jax.Array:
+    """Return 1 or -1, each half of the time, for random bits (uint32)."""
+    return jnp.where(bits >> 31 == 0, jnp.float32(1), jnp.float32(-1))
 
 
 def _real_parts(x: Any) -> Arrays:

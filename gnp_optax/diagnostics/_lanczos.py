@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gnp_optax._core import numerics
 from gnp_optax.diagnostics import _dataset
-from gnp_optax.diagnostics._embedding import Embedding
+from gnp_optax.diagnostics._embedding import Embedding, normal, signs
 
 PyTree = Any
 
@@ -35,9 +35,9 @@ class Hessian:
         """Return a vector as a tree like the parameters."""
         return self._losses.filled(self._embedding.restore(vector))
 
-    def random(self, key: jax.Array, sample: Callable[..., jax.Array]) -> jax.Array:
+    def random(self, key: jax.Array, of_bits: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Return a random vector, the same however the parameters are sharded."""
-        return self._embedding.random(key, sample)
+        return self._embedding.random(key, of_bits)
 
 
 class Krylov(NamedTuple):
@@ -60,31 +60,50 @@ class Ritz(NamedTuple):
     is_value: jax.Array
 
 
+class _Split(NamedTuple):
+    """A vector's coefficients along the basis, and the rest; after so many passes."""
+
+    passes: Any
+    along: jax.Array
+    rest: jax.Array
+    norm: jax.Array  # of the rest
+    left: jax.Array  # as a share of the norm before the last pass
+
+
 @numerics.promoting
 def lanczos(
     product: Callable[[jax.Array], jax.Array], start: jax.Array, num_matvecs: int
 ) -> Krylov:
     """Span the Krylov space of a symmetric operator, with full reorthogonalization.
 
-    Where the vectors span an invariant subspace, a product has nothing new but rounding errors. If
-    a part of these is orthogonal to the vectors it serves to go on. If not, the iteration ends.
+    Where the vectors span an invariant subspace, a product has nothing new but rounding errors,
+    and what of these is orthogonal serves to go on. Where they span everything, the iteration ends.
     """
     rows = jnp.arange(num_matvecs + 1)
 
-    def split(basis: jax.Array, vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return the coefficients along the basis, and the rest."""
-        along = jnp.tensordot(basis, vector, vector.ndim)
-        return along, vector - jnp.tensordot(along, basis, 1)
-
     def step(basis: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        along, rest = split(basis, product(jax.lax.dynamic_index_in_dim(basis, i, keepdims=False)))
-        # Twice is enough (Kahan and Parlett), unless hardly anything is left the second time.
-        again, new = split(basis, rest)
-        norm = _norm(new)
-        norm = jnp.where(norm > 1e-3 * _norm(rest), norm, 0)
-        new = jnp.where(norm > 0, new / norm, 0)
+        def orthogonalize(found: _Split) -> _Split:
+            along = jnp.tensordot(basis, found.rest, found.rest.ndim)
+            rest = found.rest - jnp.tensordot(along, basis, 1)
+            norm = _norm(rest)
+            return _Split(found.passes + 1, found.along + along, rest, norm, norm / found.norm)
+
+        image = product(jax.lax.dynamic_index_in_dim(basis, i, keepdims=False))
+        # So that not even the squares of its rounding errors underflow.
+        scale = jnp.max(jnp.abs(image))
+        image = image / jnp.where(scale == 0, 1, scale)
+        # Until a pass leaves most of the rest, which is orthogonal then (Daniel, Gragg, Kaufman and
+        # Stewart 1976).
+        found = jax.lax.while_loop(
+            lambda found: (found.passes < 3) & ~(found.left > 0.5),
+            orthogonalize,
+            _Split(0, jnp.zeros(len(rows), image.dtype), image, _norm(image), 0 * scale),
+        )
+        is_new = found.left > 0.5
+        new = jnp.where(is_new, found.rest / found.norm, 0)
         basis = jax.lax.dynamic_update_index_in_dim(basis, new, i + 1, 0)
-        return basis, along + again + jnp.where(rows == i + 1, norm, 0)
+        beside = jnp.where(is_new & (rows == i + 1), found.norm, 0)
+        return basis, scale * (found.along + beside)
 
     zeros = jnp.zeros((num_matvecs, *start.shape), start.dtype)
     basis = jnp.concatenate([(start / _norm(start))[None], zeros])
@@ -122,7 +141,7 @@ def eigenpairs(
     """Return the largest eigenvalues, their eigenvectors as trees, and the residuals."""
     hessian = Hessian(objective, bar, params, args)
     with _precisely():
-        start = hessian.random(key, jax.random.normal)
+        start = hessian.random(key, normal)
         basis, matrix = lanczos(hessian, start, num_matvecs)
         found = ritz(matrix)
         values, is_value = found.values[::-1][:k], found.is_value[::-1][:k]
@@ -148,7 +167,7 @@ def trace(
     hessian = Hessian(objective, bar, params, args)
 
     def sample(key: jax.Array) -> jax.Array:
-        vector = hessian.random(key, jax.random.rademacher)
+        vector = hessian.random(key, signs)
         return numerics.product(vector, hessian(vector))
 
     # One after the other: `vmap` would keep all of them in memory.
@@ -172,7 +191,7 @@ def quadrature(
     hessian = Hessian(objective, bar, params, args)
 
     def sample(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start = hessian.random(key, jax.random.rademacher)
+        start = hessian.random(key, signs)
         with _precisely():
             found = ritz(lanczos(hessian, start, num_matvecs).matrix)
         weights = jnp.where(found.is_value, jnp.square(found.vectors[0]), 0)

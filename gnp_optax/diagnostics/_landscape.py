@@ -12,7 +12,7 @@ from gnp_optax._core import numerics, selection
 from gnp_optax._core.mixing import mix
 from gnp_optax._core.perturbation import perturb
 from gnp_optax.diagnostics import _dataset, _layout, _operands
-from gnp_optax.diagnostics._embedding import Embedding
+from gnp_optax.diagnostics._embedding import Embedding, normal
 
 PyTree = Any
 Arrays = list[Any]
@@ -307,7 +307,7 @@ def _filter_normalized(layout: _layout.Layout, key: jax.Array, params: PyTree) -
     parts = _layout.divided(layout, params)
     perturbed, others = parts.divide(params)
     embedding = Embedding(perturbed, _layout.shardings_of(layout, parts))
-    drawn = embedding.restore(embedding.random(key, jax.random.normal))
+    drawn = embedding.restore(embedding.random(key, normal))
     filters = [_filters(x, w) for x, w in zip(drawn, perturbed, strict=True)]
     return parts.unite(filters, [jnp.zeros_like(w) for w in others])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from gnp_optax._core import checks, numerics, selection
 from gnp_optax._core.perturbation import perturb
 from gnp_optax.diagnostics import _dataset, _operands
-from gnp_optax.diagnostics._embedding import Embedding
+from gnp_optax.diagnostics._embedding import Embedding, normal
 
 PyTree = Any
 Arrays = list[Any]
@@ -135,7 +135,7 @@ def _ascend_in_ball(
     losses = _dataset.Losses(objective, bar, params, args)
     embedding = Embedding(losses.perturbed, losses.shardings)
     scale = 1.0 if eta is None else embedding.embed([_scale(w, eta) for w in losses.perturbed])
-    random = _normalized(embedding.random(key, jax.random.normal))
+    random = _normalized(embedding.random(key, normal))
 
     def ascent(grads: Arrays) -> jax.Array:
         up = scale * embedding.embed([jnp.conj(g) for g in grads])

@@ -14,7 +14,6 @@ from models import tiny
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data import datasets as data
 from gnp_optax.experiments.data.loading import load
-from gnp_optax.experiments.methods import regularization
 from gnp_optax.experiments.models.network import Network, model
 from gnp_optax.experiments.recipes import RECIPES
 from gnp_optax.experiments.training import optimizers
@@ -440,23 +439,24 @@ def test_every_group_drops_its_own_units(digits):
 # Epochs.
 
 
-def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(trainer, monkeypatch):
+@pytest.mark.parametrize(
+    ("together", "expected"),
+    [
+        (False, {"plain": 0.0, "gr": 0.8, "gr-lambda-warmup": None, "sam": 1.0}),
+        (True, {"plain": 0.0, "gr": None, "gr-lambda-warmup": None, "sam": None}),
+    ],
+)
+def test_a_weight_that_stays_the_same_is_compiled_as_a_constant(
+    digits, together, expected, monkeypatch
+):
+    trainer = Trainer(dataclasses.replace(TINY, seeds_together=together), digits)
     compile = lambda inputs, kind: kinds.append(kind) or (lambda *args: stop())  # noqa: E731
     monkeypatch.setattr(trainer.epochs, "_compile", compile)
-    expected = {"plain": 0.0, "gr": float(np.float32(0.8)), "gr-lambda-warmup": None, "sam": 1.0}
     for method, alpha in expected.items():
         kinds = []
-        with pytest.raises(StopIteration):
-            trainer.epochs.train(
-                trainer._fresh(0, None), trainer.train, weights(trainer, method), Kind()
-            )
-        assert kinds[0].alpha == alpha
-
-
-def weights(trainer, method):
-    steps = trainer.steps_per_epoch
-    pairs = np.asarray(regularization(method, TINY.r, TINY.alpha, steps, steps))
-    return Scheduled(*pairs.T, *np.zeros((3, steps)), np.ones(steps, bool))
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            next(trainer.run(method, [0]))
+        assert kinds[0].alpha == (None if alpha is None else float(np.float32(alpha)))
 
 
 def stop():

@@ -25,7 +25,7 @@ class Epochs:
     """The compiled steps of one configuration.
 
     The training set, of shape (device, example, ...), stays on the devices, and an epoch is one
-    program. A weight that stays the same is a constant of it.
+    program.
     """
 
     def __init__(
@@ -50,11 +50,10 @@ class Epochs:
     ) -> tuple[State, np.ndarray, dict[str, np.ndarray], float]:
         """Return the next state, mean loss, early statistics, and the seconds that it took.
 
-        `scheduled` has what holds at every step of the epoch, and the weight is taken from it.
+        `scheduled` has what holds at every step of the epoch; of its weights, those of a kind that
+        has one of its own are not looked at.
         """
         batches, key = self._shuffle(state.key)
-        weights = set(np.asarray(scheduled.alpha).tolist())
-        kind = kind._replace(alpha=weights.pop() if len(weights) == 1 else None)
         given = jax.device_put(scheduled, self._replicated)
         inputs = (state._replace(key=key), train, batches, given)
         run = self._compile(inputs, kind)

@@ -75,6 +75,8 @@ class Steps:
     ) -> optax.GradientTransformationExtraArgs:
         """Return the optimizer that a step hands its gradient to."""
         rule = optimizer(self.config, at.learning_rate, at.weight_decay)
+        if self.config.seeds_together:  # small networks, which take longer to compile than to copy
+            rule = optax.flatten(rule)
         if memory is None:
             return rule
         return optax.chain(gnp.momentum_sam(at.r, at.decay, mask=memory.mask), rule)

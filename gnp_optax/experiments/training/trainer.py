@@ -38,8 +38,8 @@ class Trainer:
     """The compiled functions of one configuration, shared by all its runs.
 
     A method is what holds at every step, and a mask. Radius, learning rate and weight decay are
-    inputs of what is compiled, and so is a weight that changes; a weight that does not, and a mask,
-    are constants.
+    inputs of what is compiled, and so is a weight that changes; one that does not (of a network of
+    some size), and a mask, are constants.
     """
 
     def __init__(self, config: Config, data: Data) -> None:
@@ -173,6 +173,7 @@ class Trainer:
                 kind = kind._replace(mask=mask)
             first = epoch * self.steps_per_epoch
             scheduled = Scheduled(*(x[first : first + self.steps_per_epoch] for x in schedule))
+            kind = kind._replace(alpha=self._constant_weight(schedule, scheduled))
             state, train_loss, early, seconds = self.epochs.train(state, train, scheduled, kind)
             grads, metrics = self.evaluation.probe(state, probe)
             yield (
@@ -203,6 +204,17 @@ class Trainer:
         sampled = np.arange(steps) % self.steps_per_epoch % self.epochs.stride == 0
         sampled &= np.arange(steps) < max(2 * warmup, self.steps_per_epoch)
         return Scheduled._make([*(np.asarray(x, np.float32) for x in every), sampled, decay])
+
+    def _constant_weight(self, of_run: Scheduled, of_epoch: Scheduled) -> float | None:
+        """Return the weight that is a constant of what is compiled, if there is one.
+
+        Small networks, which are trained together, take longer to compile than all that a constant
+        saves: there all methods with a weight share a program.
+        """
+        if self.config.seeds_together:
+            return None if of_run.alpha.any() else 0.0
+        weights = set(of_epoch.alpha.tolist())
+        return weights.pop() if len(weights) == 1 else None
 
     def _lift(self, fun: Callable[..., Any], axes: Any, out: Any = 0) -> Callable[..., Any]:
         """Return the function of all runs that are trained together."""

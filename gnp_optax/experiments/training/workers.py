@@ -1,12 +1,14 @@
 """Several runs at a time, each in a process of one CPU core: a small network gains by no more."""
 
+import collections
+import contextlib
 import functools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -51,25 +53,39 @@ def train(
     events, cores = spawning.SimpleQueue(), spawning.SimpleQueue()
     for core in cpu_cores():
         cores.put(core)
-    with ProcessPoolExecutor(processes, spawning, _begin, (cores, events)) as pool:
-        try:
+    waiting = collections.deque(groups)
+    running: dict[int, Future[None]] = {}  # by process
+    with contextlib.ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, spawning, _begin, (cores, events)))
+            for _ in range(processes)
+        ]
+
+        def give(process: int) -> None:
             # From both ends, as neighbours often share a program, which each process compiles.
-            ends = [groups[-1 - i // 2 if i % 2 else i // 2] for i in range(len(groups))]
-            futures = [pool.submit(_run, config, group) for group in ends]
-            for future in futures:
-                future.add_done_callback(lambda done: events.put(futures.index(done)))
-            for _ in futures:
-                while not isinstance(event := events.get(), int):
+            group = waiting.pop() if process % 2 else waiting.popleft()
+            running[process] = pools[process].submit(_run, config, group)
+            running[process].add_done_callback(lambda _: events.put(process))
+
+        try:
+            for process in range(processes):
+                give(process)
+            while running:
+                event = events.get()
+                if not isinstance(event, int):
                     yield event
-                futures[event].result()
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                "a process that trained was killed, perhaps because memory ran out. What is done "
-                "is kept: start the same command again to go on."
-            ) from None
-        except BaseException:
-            for process in multiprocessing.active_children():
-                process.terminate()
+                    continue
+                running.pop(event).result()
+                if waiting:
+                    give(event)
+        except BaseException as error:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a process that trained was killed, perhaps because memory ran out. What is "
+                    "done is kept: start the same command again to go on."
+                ) from None
             raise
 
 
