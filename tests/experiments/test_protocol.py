@@ -292,8 +292,8 @@ def runs_of(errors):
     )
     return {
         (method, seed): [
-            {**shared, "test_error": e + 5, "validation_error": e - 1},
-            {**shared, "test_error": e, "validation_error": e},
+            {**shared, "test_error": e + 5, "validation_error": e - 1, "validation_loss": 3.0},
+            {**shared, "test_error": e, "validation_error": e, "validation_loss": 2.0},
         ]
         for method, each in errors.items()
         for seed, e in enumerate(each)
@@ -315,6 +315,7 @@ def test_differences_are_to_the_best_plain_run_and_paired_by_seed():
     assert found["plain-weight-decay"]["is_reference"]
     # The first epoch is the better one on the validation examples.
     assert found["sam"]["best_epoch_error"] == pytest.approx(np.mean(errors["sam"]) + 5)
+    assert found["sam"]["best_epoch_loss"] == 1
     said = summary.sentence(list(found.values()))
     assert "best plain run (plain, weight decay)" in said
     assert "err less: SAM by 1.8; more: plain by 10.0; as much, to the noise: GR." in said
@@ -348,6 +349,17 @@ def test_several_comparisons_are_drawn_along_an_option(tmp_path, capsys):
     assert "| test_error by label_noise | 0 " in shown
     assert "1.50 (-9.00 +- 0.00)" in shown
     assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+    epochs = [
+        {**epoch, "method": method, "seed": seed, "epoch": i}
+        for (method, seed), run in runs_of({"plain": [10.0, 11.0], "sam": [1.0, 2.0]}).items()
+        for i, epoch in enumerate(run, start=1)
+    ]
+    with (tmp_path / "0.3" / "runs.jsonl").open("a") as file:
+        file.writelines(json.dumps(epoch) + "\n" for epoch in epochs)
+    __main__.main(["curve", folders[0], "--epoch", "1", "--out", str(tmp_path / "out")])
+    assert "15.50 (best plain)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has tests after the epochs 1, 2"):
+        __main__.main(["curve", folders[0], "--epoch", "7"])
     with pytest.raises(SystemExit, match="is no number among the options"):
         __main__.main(["curve", *folders, "--over", "width"])
     with pytest.raises(SystemExit, match="not the folder of a finished comparison"):

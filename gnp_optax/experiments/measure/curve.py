@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from gnp_optax.experiments.report import figures
-from gnp_optax.experiments.report.table import STYLES, markdown
+from gnp_optax.experiments.report import figures, summary
+from gnp_optax.experiments.report.table import STYLES, Runs, markdown
+from gnp_optax.experiments.training import records
+from gnp_optax.experiments.training.records import Metrics, Run
 
 Rows = dict[float, dict[str, Any]]  # the summary's objects, by the option's value and by method
 
@@ -27,6 +30,8 @@ class CurveConfig:
     """The option that they differ in."""
     metric: str = "test_error"
     """What to draw, a key of summary.json: test_error, best_epoch_error, ece, error_4bit, ..."""
+    epoch: int | None = None
+    """After how many epochs, which must have been tested; without it, after the last."""
     out: Path = Path("results/curve")
     """Folder for the results."""
 
@@ -34,7 +39,7 @@ class CurveConfig:
 def run(args: Sequence[str]) -> None:
     """Read the options, draw, and print the table."""
     config = tyro.cli(CurveConfig, prog="python -m gnp_optax.experiments curve", args=args)
-    rows = dict(sorted(_read(folder, config.over) for folder in config.folders))
+    rows = dict(sorted(_read(folder, config) for folder in config.folders))
     text = table(rows, config.over, config.metric)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "curve.md").write_text(text)
@@ -43,15 +48,30 @@ def run(args: Sequence[str]) -> None:
     print(f"\nWrote curve.md and curve.png to {config.out}.")
 
 
-def _read(folder: Path, over: str) -> tuple[float, dict[str, Any]]:
-    summary, runs = folder / "summary.json", folder / "runs.jsonl"
-    if not summary.exists() or not runs.exists():
+def _read(folder: Path, config: CurveConfig) -> tuple[float, dict[str, Any]]:
+    if not (folder / "summary.json").exists() or not (folder / "runs.jsonl").exists():
         raise ValueError(f"{folder} is not the folder of a finished comparison.")
-    with runs.open() as file:
-        options = json.loads(file.readline())["options"]
-    if not isinstance(options.get(over), (int, float)):
-        raise ValueError(f"--over: {over!r} is no number among the options of {folder}.")
-    return options[over], {row["method"]: row for row in json.loads(summary.read_text())}
+    options, epochs = records.read(folder / "runs.jsonl")
+    if not isinstance(options.get(config.over), (int, float)):
+        raise ValueError(f"--over: {config.over!r} is no number among the options of {folder}.")
+    found = json.loads((folder / "summary.json").read_text())
+    if config.epoch is not None:
+        found = summary.of(_until(config.epoch, epochs, folder))
+    return options[config.over], {row["method"]: row for row in found}
+
+
+def _until(last: int, epochs: list[Metrics], folder: Path) -> Runs:
+    """Return runs as if they had ended after so many epochs."""
+    tested = sorted({e["epoch"] for e in epochs if math.isfinite(e["test_error"])})
+    if last not in tested:
+        raise ValueError(
+            f"--epoch {last}: {folder} has tests after the epochs {', '.join(map(str, tested))}."
+        )
+    runs: dict[Run, list[Metrics]] = {}
+    for epoch in epochs:
+        if epoch["epoch"] <= last:
+            runs.setdefault((epoch["method"], epoch["seed"]), []).append(epoch)
+    return runs
 
 
 def table(rows: Rows, over: str, metric: str) -> str:

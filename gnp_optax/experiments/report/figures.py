@@ -182,6 +182,9 @@ def along(rows: Mapping[float, Mapping[str, Row]], over: str, metric: str, path:
             at, [row[metric] for row in values], yerr=bars, label=label, ms=5, capsize=3, **line
         )
     axes.set(xlabel=over.replace("_", " "), ylabel=metric.replace("_", " ") + ", %")
+    if min(rows) > 0 and max(rows) >= 8 * min(rows):
+        axes.set_xscale("log")
+        axes.minorticks_off()
     axes.set_xticks(list(rows), [f"{value:g}" for value in rows])
     _curves.tidy(axes)
     drawing.save(canvas, axes, "", path, columns=3)

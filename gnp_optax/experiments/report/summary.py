@@ -23,7 +23,8 @@ def of(runs: Runs) -> list[Row]:
     Errors and calibration errors are in percent, of the last epoch and as means over the seeds.
     `difference` is that of the test error to the best plain run, which is chosen by the error on
     the validation examples, as a mean of the pairs of one seed. `best_epoch_error` is the test
-    error at the epoch that is best on these. What can't be told is None.
+    error at the epoch that is best on these, `best_epoch_loss` the loss at the one of the least
+    loss. What can't be told is None.
     """
     by_method = {method: _by_seed(runs, method) for method in methods(runs)}
     reference = _best_plain(by_method)
@@ -103,7 +104,10 @@ def _row(seeds: Seeds) -> Row:
         "seeds": len(seeds),
         "test_error": float(np.mean(errors)),
         "test_error_std": float(np.std(errors, ddof=1)) if len(errors) > 1 else None,
-        "best_epoch_error": _mean([_at_best_epoch(epochs) for epochs in seeds.values()]),
+        **{
+            f"best_epoch_{kind}": _mean([_at_best_epoch(epochs, kind) for epochs in seeds.values()])
+            for kind in ("error", "loss")
+        },
         **{key: _last(seeds, key) for key in measured},
         "gradients_per_step": _mean([x["gradients_per_step"] for e in seeds.values() for x in e]),
         "test_errors": [float(f"{error:.5g}") for error in errors],
@@ -124,12 +128,15 @@ def _difference(seeds: Seeds, reference: Seeds) -> Row:
     }
 
 
-def _at_best_epoch(epochs: list[Metrics]) -> float:
-    """Return the test error at the first epoch of least validation error; NaN without any."""
-    errors = np.array([epoch["validation_error"] for epoch in epochs])
-    if not np.isfinite(errors).any():
+def _at_best_epoch(epochs: list[Metrics], kind: str) -> float:
+    """Return the test error, or loss, at the first epoch of the least on the validation examples.
+
+    NaN without any.
+    """
+    validation = np.array([epoch[f"validation_{kind}"] for epoch in epochs])
+    if not np.isfinite(validation).any():
         return float("nan")
-    return float(epochs[int(np.nanargmin(errors))]["test_error"])
+    return float(epochs[int(np.nanargmin(validation))][f"test_{kind}"])
 
 
 def _last(seeds: Seeds, key: str) -> float | None:

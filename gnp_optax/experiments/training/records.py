@@ -85,6 +85,12 @@ class Records:
         self.runs.update(finished)
 
 
+def read(path: Path) -> tuple[dict[str, Any], list[Metrics]]:
+    """Return the options of finished runs, and their epochs, as far as they are not damaged."""
+    header, epochs, _ = _read(path)
+    return (header or {}).get("options", {}), epochs
+
+
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[Metrics], list[str]]:
     """Return the header, the epochs, and which lines are damaged."""
     if not path.exists():
