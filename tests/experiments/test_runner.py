@@ -27,7 +27,7 @@ from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data import datasets as data
 from gnp_optax.experiments.methods import STANDARD, Method, regularization, selection
 from gnp_optax.experiments.recipes import RECIPES
-from gnp_optax.experiments.report import figures, summary
+from gnp_optax.experiments.report import drawing, figures, summary
 from gnp_optax.experiments.report import table as report
 from gnp_optax.experiments.training.checkpoints import remove_finished
 from gnp_optax.experiments.training.records import Records, held
@@ -457,6 +457,17 @@ def test_an_option_that_is_gone_is_named(tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps(header) + "\n")
     with pytest.raises(ValueError, match=r"momentum 0\.9 instead of None"):
         Records(dataclasses.replace(TINY, out=tmp_path))
+
+
+@pytest.mark.parametrize(("length", "expected"), [(3, 3), (25, 2), (80, 1), (300, 1)])
+def test_a_legend_is_not_wider_than_its_figure(length, expected, tmp_path):
+    canvas, (axes,) = drawing.canvas(1, 7.0, 5.6)
+    for i in range(9):
+        axes.plot([0], [i], label="x" * length)
+    drawing.save(canvas, axes, "title", tmp_path / "drawn.png", columns=3)
+    (legend,) = canvas.legends
+    left = {round(text.get_window_extent().x0) for text in legend.get_texts()}
+    assert len(left) == expected
 
 
 def test_a_figure_of_errors_that_are_all_zero(tmp_path):

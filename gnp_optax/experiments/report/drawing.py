@@ -24,9 +24,19 @@ def canvas(
 
 
 def save(figure: Figure, panel: Axes, title: str, path: Path, columns: int) -> None:
-    """Write the figure to a file, beneath it the legend of one of its panels."""
+    """Write the figure to a file, beneath it the legend of one of its panels.
+
+    In so many columns, or as many as are not wider than the figure.
+    """
     handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    while True:
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+        columns -= 1
     figure.suptitle(title, fontsize=11)
     write(figure, path)
 
