@@ -8,7 +8,9 @@ import pytest
 
 # Before JAX is imported, for this process and for those that it starts.
 IS_FIRST = "PYTEST_XDIST_WORKER" not in os.environ
-CACHE = tempfile.mkdtemp(prefix="gnp_optax-compiled-") if IS_FIRST else None
+# A folder of who starts several runs, which is kept.
+SHARED = os.environ.get("GNP_OPTAX_TEST_CACHE")
+CACHE = (SHARED or tempfile.mkdtemp(prefix="gnp_optax-compiled-")) if IS_FIRST else None
 if CACHE is not None:
     # Programs that are quick to compile, and slow to run, take half the time. Set to nothing, the
     # variable lets them be optimized.
@@ -24,7 +26,7 @@ import jax  # noqa: E402
 
 
 def pytest_unconfigure(config):
-    if CACHE is not None:
+    if CACHE is not None and CACHE != SHARED:
         shutil.rmtree(CACHE, ignore_errors=True)
 
 
