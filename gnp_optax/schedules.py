@@ -1,4 +1,4 @@
-"""Schedules for the radius r and the weight alpha: the three warmups, and every k-th step.
+"""Schedules for the radius r and the weight alpha: warmups, delays, and every k-th step.
 
 They are Optax schedules: functions from the step count to a number. Give them to
 `gradient_regularization`, or call them with your own step count for `value_and_grad`. Each knows
@@ -14,7 +14,7 @@ import optax
 from gnp_optax._core import checks, strength
 from gnp_optax._core.strength import Schedule
 
-__all__ = ["every", "lambda_warmup", "r_warmup", "zero_warmup"]
+__all__ = ["delayed", "every", "lambda_warmup", "r_warmup", "zero_warmup"]
 
 
 def r_warmup(r: float, warmup_steps: float) -> optax.Schedule:
@@ -108,6 +108,46 @@ def zero_warmup(alpha: float, warmup_steps: float) -> optax.Schedule:
         [optax.constant_schedule(0.0), optax.constant_schedule(alpha)], [steps]
     )
     return Schedule("weight", f"zero_warmup({alpha!r}, {steps})", schedule)
+
+
+def delayed(schedule: optax.Schedule, warmup_steps: float) -> optax.Schedule:
+    """Begin a schedule only after warmup, from 0.
+
+    0 for `t < warmup_steps` and `schedule(t - warmup_steps)` afterwards. Where `zero_warmup`
+    switches a large radius on at once, this lets it grow: of four warmups at five radii, this one
+    with the largest was the best (notebooks/evidence, "When it harms, and the cures"). Beside a
+    delayed radius give `alpha=zero_warmup(alpha, warmup_steps)`, so that no second gradient is
+    computed before.
+
+    Args:
+        schedule: One of the radius or of the weight, of the steps after warmup.
+        warmup_steps: Length of the warmup in optimizer steps; 0 is no warmup.
+
+    Returns:
+        A schedule of what `schedule` is of.
+
+    Raises:
+        TypeError: If `schedule` is a number, or `warmup_steps` not a whole number.
+        ValueError: If `warmup_steps` is negative.
+
+    Example:
+        >>> r = delayed(r_warmup(0.8, warmup_steps=2), warmup_steps=2)
+        >>> [round(float(r(step)), 3) for step in range(6)]
+        [0.0, 0.0, 0.0, 0.4, 0.8, 0.8]
+        >>> r, zero_warmup(1.0, warmup_steps=2)
+        (delayed(r_warmup(0.8, 2), 2), zero_warmup(1.0, 2))
+    """
+    if not callable(schedule):
+        raise TypeError(
+            f"delayed takes a schedule, got {schedule!r}. A weight that is 0 in the warmup is "
+            f"zero_warmup({schedule!r}, warmup_steps); a radius that grows after it is "
+            f"delayed(r_warmup({schedule!r}, warmup_steps), warmup_steps)."
+        )
+    steps = _steps(warmup_steps)
+    later: optax.Schedule = optax.join_schedules([optax.constant_schedule(0.0), schedule], [steps])
+    if isinstance(schedule, Schedule):
+        return Schedule(schedule.kind, f"delayed({schedule!r}, {steps})", later)
+    return later
 
 
 def every(k: float, alpha: optax.ScalarOrSchedule) -> optax.Schedule:

@@ -174,6 +174,7 @@ PUBLIC = {
     "schedules.r_warmup": "(r, warmup_steps)",
     "schedules.lambda_warmup": "(alpha, warmup_steps)",
     "schedules.zero_warmup": "(alpha, warmup_steps)",
+    "schedules.delayed": "(schedule, warmup_steps)",
     "schedules.every": "(k, alpha)",
     "directions.normalized": "()",
     "directions.adaptive": "(eta=0.01)",

@@ -47,8 +47,9 @@ def hessian_eigenvalues(
     parameters that each device has, each keeps a part of the vectors.
 
     An eigenvalue counts as found when its residual is small: some eigenvalue lies within
-    `residuals[i]` of `eigenvalues[i]`. If it is not, raise `num_matvecs`. From the smallest
-    eigenvalue comes the largest of `-loss`.
+    `residuals[i]` of `eigenvalues[i]`. If it is not, raise `num_matvecs`. Residuals come from the
+    coefficients of the same products, which hold up to rounding. From the smallest eigenvalue comes
+    the largest of `-loss`.
 
     Args:
         fun: Loss `fun(params, *args)`, a mean over examples; or `(loss, aux)` with `has_aux`.

@@ -123,9 +123,7 @@ def regularization(
         case "gr-zero-warmup":
             weight = schedules.zero_warmup(alpha, warmup_steps)
         case "gr-after-warmup":
-            radius = optax.join_schedules(
-                [optax.constant_schedule(0.0), schedules.r_warmup(r, warmup_steps)], [warmup_steps]
-            )
+            radius = schedules.delayed(schedules.r_warmup(r, warmup_steps), warmup_steps)
             weight = schedules.zero_warmup(alpha, warmup_steps)
         case _:
             pass

@@ -468,6 +468,16 @@ CASES = {
     "core: negative r": (lambda: core(-0.1, 0.5), ValueError, "r must be finite"),
     "negative eta": (lambda: gnp.asam(0.5, eta=-1.0), ValueError, "eta"),
     "negative warmup": (lambda: gnp.schedules.zero_warmup(0.5, -1), ValueError, "warmup_steps"),
+    "negative delay": (
+        lambda: gnp.schedules.delayed(gnp.schedules.r_warmup(0.5, 1), -1),
+        ValueError,
+        "warmup_steps",
+    ),
+    "a number that is delayed": (
+        lambda: gnp.schedules.delayed(0.5, 10),
+        TypeError,
+        r"zero_warmup\(0.5, warmup_steps\)",
+    ),
     "negative r in a warmup": (lambda: gnp.schedules.r_warmup(-0.5, 1), ValueError, "r must be"),
     "every 0 steps": (lambda: gnp.schedules.every(0, 0.5), ValueError, "at least 1"),
     # The rest.

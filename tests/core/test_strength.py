@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gnp_optax as gnp
-from gnp_optax.schedules import every, lambda_warmup, r_warmup, zero_warmup
+from gnp_optax.schedules import delayed, every, lambda_warmup, r_warmup, zero_warmup
 
 X = jnp.array([3.0, 4.0])  # its norm is 5
 
@@ -118,6 +118,8 @@ def test_a_preset_takes_a_weight(preset, same):
         (lambda_warmup(0.8, warmup_steps=5), "weight", "lambda_warmup(0.8, 5)"),
         (zero_warmup(0.8, 1e3), "weight", "zero_warmup(0.8, 1000)"),
         (every(2, zero_warmup(0.8, 5)), "weight", "every(2, zero_warmup(0.8, 5))"),
+        (delayed(r_warmup(0.1, 5), 5), "radius", "delayed(r_warmup(0.1, 5), 5)"),
+        (delayed(lambda_warmup(0.8, 5), 5), "weight", "delayed(lambda_warmup(0.8, 5), 5)"),
     ],
     ids=repr,
 )
