@@ -144,7 +144,11 @@ def delayed(schedule: optax.Schedule, warmup_steps: float) -> optax.Schedule:
             f"delayed(r_warmup({schedule!r}, warmup_steps), warmup_steps)."
         )
     steps = _steps(warmup_steps)
-    later: optax.Schedule = optax.join_schedules([optax.constant_schedule(0.0), schedule], [steps])
+
+    def later(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step)
+        return jnp.where(step < steps, 0.0, schedule(jnp.maximum(step - steps, 0)))
+
     if isinstance(schedule, Schedule):
         return Schedule(schedule.kind, f"delayed({schedule!r}, {steps})", later)
     return later

@@ -62,8 +62,10 @@ class Embedding:
         number = self._joined(numbers)
         dtype = jax.eval_shape(self.embed, self._templates).dtype
 
+        key = _threefry(key)
+
         def bits(number: jax.Array) -> jax.Array:
-            # What is derived from a key is random itself; to draw from it compiles as long again.
+            # What threefry derives is random itself; to draw from it would compile as long again.
             return jax.random.key_data(jax.random.fold_in(key, number))[..., 0]
 
         for _ in number.shape:
@@ -78,6 +80,15 @@ class Embedding:
             for part in of_array
         ]
         return jnp.concatenate(pieces, axis=-1)
+
+
+def _threefry(key: jax.Array) -> jax.Array:
+    """Return a key of which another is derived by a random function, as not by "unsafe_rbg"."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if jax.random.key_impl(key) == "threefry2x32":
+        return key
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
 
 
 def normal(bits: jax.Array) -> jax.Array:

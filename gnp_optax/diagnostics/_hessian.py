@@ -42,14 +42,14 @@ def hessian_eigenvalues(
     """Compute the k largest eigenvalues of the Hessian, and their eigenvectors.
 
     The Lanczos iteration with full reorthogonalization, on `num_matvecs` products of the Hessian
-    with a vector, each the forward derivative of a gradient. It keeps as many vectors of the size
+    with a vector, each the forward derivative of a gradient. It keeps one vector more of the size
     of the parameters, in float32 or wider, shared by all devices that the parameters are on: of
     parameters that each device has, each keeps a part of the vectors.
 
     An eigenvalue counts as found when its residual is small: some eigenvalue lies within
     `residuals[i]` of `eigenvalues[i]`. If it is not, raise `num_matvecs`. Residuals come from the
-    coefficients of the same products, which hold up to rounding. From the smallest eigenvalue comes
-    the largest of `-loss`.
+    coefficients of the same products, which hold up to rounding in the parameters' type. From the
+    smallest eigenvalue comes the largest of `-loss`.
 
     Args:
         fun: Loss `fun(params, *args)`, a mean over examples; or `(loss, aux)` with `has_aux`.

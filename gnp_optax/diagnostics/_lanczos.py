@@ -115,12 +115,15 @@ def ritz(matrix: jax.Array) -> Ritz:
     """Decompose the matrix of a Lanczos iteration, up to where it ended."""
     rows = jnp.arange(len(matrix))
     is_row = (rows == 0) | (jnp.roll(jnp.diagonal(matrix, 1), 1) > 0)
-    scale = jnp.sqrt(jnp.sum(jnp.square(matrix)))
+    # Of elements up to 1, whose squares are safe.
+    scale = jnp.max(jnp.abs(matrix))
+    scale = jnp.where(scale == 0, 1, scale)
+    matrix = matrix[:, :-1] / scale
     # Beyond where it ended, what is below all eigenvalues.
-    below = -2 * jnp.where(scale == 0, 1, scale)
-    matrix = jnp.where(is_row | (rows != rows[:, None]), matrix[:, :-1], below)
+    below = -2 - 2 * _norm(matrix)
+    matrix = jnp.where(is_row | (rows != rows[:, None]), matrix, below)
     values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    return Ritz(values, vectors, jnp.flip(is_row))
+    return Ritz(values * scale, vectors, jnp.flip(is_row))
 
 
 def _norm(x: jax.Array) -> jax.Array:
@@ -149,7 +152,10 @@ def eigenpairs(
         coefficients = jnp.pad(found.vectors[:, ::-1][:, :k].T, [(0, 0), (0, 1)])
         vectors = jnp.tensordot(coefficients, basis, 1)
         errors = coefficients[:, :-1] @ matrix - values[:, None] * coefficients
-        residuals = jax.vmap(_norm)(jnp.tensordot(errors, basis, 1))
+        largest = jnp.max(jnp.abs(errors), axis=1)  # so that no square underflows
+        scale = jnp.where(largest == 0, 1, largest)
+        errors = jnp.tensordot(errors / scale[:, None], basis, 1)
+        residuals = scale * jax.vmap(_norm)(errors)
     return values, jax.vmap(hessian.tree)(vectors), residuals
 
 

@@ -1,6 +1,7 @@
 """The comparison: train every method with every seed, and report."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import time
@@ -162,7 +163,8 @@ def _train(config: Config, groups: list[Group], records: Records | None, process
         part = jax.process_index(), jax.process_count()
         events = workers.in_turn(Trainer(config, load(config, part)), groups)
     epochs: dict[Method, list[Epoch]] = {}  # of what is being trained
-    with tqdm.tqdm(total=total, unit="epoch", disable=records is None) as bar:
+    bar = tqdm.tqdm(total=total, unit="epoch", disable=records is None)
+    with contextlib.closing(events), bar:
         for (method, seeds), epoch in events:
             if epoch is None:
                 epochs[method] = []

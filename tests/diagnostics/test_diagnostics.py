@@ -16,6 +16,7 @@ from models.problems import Quadratic, two_layers
 import gnp_optax as gnp
 from gnp_optax import diagnostics
 from gnp_optax.diagnostics import _layout
+from gnp_optax.diagnostics._embedding import Embedding, signs
 
 KEY = jax.random.key(0)
 PARAMS, LOSS, X, Y = two_layers()  # 30 parameters, 8 examples
@@ -187,6 +188,28 @@ def test_one_vector_is_kept_for_each_product(measure):
     )
     vectors = compiled.memory_analysis().temp_size_in_bytes / (4 * size)
     assert num_matvecs < vectors < num_matvecs + 10
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e20])
+def test_hessian_of_any_size(scale):
+    values = np.array([3.0, 2.0, 1.0, 0.0, 0.0, 0.0])
+    for num_matvecs in (2, 6):
+        found = diagnostics.hessian_eigenvalues(
+            diagonal_loss, jnp.ones(6), jnp.array(values * scale), k=2, num_matvecs=num_matvecs
+        )
+        vectors = np.asarray(found.eigenvectors)
+        got = np.asarray(found.eigenvalues, float) / scale
+        apart = np.linalg.norm(vectors * values - got[:, None] * vectors, axis=1)
+        close(np.asarray(found.residuals, float) / scale, apart, atol=1e-5)
+    close(got, [3.0, 2.0])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_vectors_of_different_keys_are_independent(impl):
+    embedding = Embedding([jnp.ones((100, 30))], [None])
+    drawn = [embedding.random(jax.random.key(seed, impl=impl), signs) for seed in range(6)]
+    products = np.stack(drawn) @ np.stack(drawn).T / 3000
+    assert np.abs(products - np.eye(6)).max() < 0.1
 
 
 def test_linear_loss_has_no_curvature():

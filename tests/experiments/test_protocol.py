@@ -358,6 +358,8 @@ def test_several_comparisons_are_drawn_along_an_option(tmp_path, capsys):
         file.writelines(json.dumps(epoch) + "\n" for epoch in epochs)
     __main__.main(["curve", folders[0], "--epoch", "1", "--out", str(tmp_path / "out")])
     assert "15.50 (best plain)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--metric: 'loss' is not known"):
+        __main__.main(["curve", *folders, "--metric", "loss"])
     with pytest.raises(SystemExit, match="has tests after the epochs 1, 2"):
         __main__.main(["curve", folders[0], "--epoch", "7"])
     with pytest.raises(SystemExit, match="is no number among the options"):

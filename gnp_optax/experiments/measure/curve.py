@@ -31,7 +31,8 @@ class CurveConfig:
     metric: str = "test_error"
     """What to draw, a key of summary.json: test_error, best_epoch_error, ece, error_4bit, ..."""
     epoch: int | None = None
-    """After how many epochs, which must have been tested; without it, after the last."""
+    """After how many epochs of as many as were planned; without it, after the last. A method that
+    was not tested then is left out."""
     out: Path = Path("results/curve")
     """Folder for the results."""
 
@@ -40,12 +41,26 @@ def run(args: Sequence[str]) -> None:
     """Read the options, draw, and print the table."""
     config = tyro.cli(CurveConfig, prog="python -m gnp_optax.experiments curve", args=args)
     rows = dict(sorted(_read(folder, config) for folder in config.folders))
+    _check_metric(rows, config.metric)
     text = table(rows, config.over, config.metric)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "curve.md").write_text(text)
     figures.along(rows, config.over, config.metric, config.out / "curve.png")
     print(text, end="")
     print(f"\nWrote curve.md and curve.png to {config.out}.")
+
+
+def _check_metric(rows: Rows, metric: str) -> None:
+    every = [row for found in rows.values() for row in found.values()]
+    known = [name for name in every[0] if all(_is_number(row.get(name)) for row in every)]
+    if metric not in known:
+        raise ValueError(
+            f"--metric: {metric!r} is not known of every method; known are {', '.join(known)}."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read(folder: Path, config: CurveConfig) -> tuple[float, dict[str, Any]]:
@@ -71,7 +86,13 @@ def _until(last: int, epochs: list[Metrics], folder: Path) -> Runs:
     for epoch in epochs:
         if epoch["epoch"] <= last:
             runs.setdefault((epoch["method"], epoch["seed"]), []).append(epoch)
-    return runs
+    ends = {run: each[-1] for run, each in runs.items()}
+    left_out = {
+        method
+        for (method, _), end in ends.items()
+        if end["epoch"] != last or not math.isfinite(end["test_error"])
+    }
+    return {run: each for run, each in runs.items() if run[0] not in left_out}
 
 
 def table(rows: Rows, over: str, metric: str) -> str:

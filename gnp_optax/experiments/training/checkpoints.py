@@ -24,7 +24,8 @@ class Checkpoint:
 
     def __init__(self, config: Config, method: Method, seeds: Sequence[int]) -> None:
         self.path: Path = config.folder / f"{method}-seeds-{'-'.join(map(str, seeds))}.msgpack"
-        self._options = json.dumps(config.options, sort_keys=True)
+        # Of the second form of the state: an optimizer of small networks has one array.
+        self._options = json.dumps({**config.options, "state": 2}, sort_keys=True)
         self._seconds = 60 * config.checkpoint_minutes
         self._saved = time.monotonic()
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -40,7 +40,7 @@ def count(config: Config, groups: Sequence[Group]) -> int:
 
 def train(
     config: Config, groups: Sequence[Group], processes: int
-) -> Iterator[tuple[Group, Epoch | None]]:
+) -> Generator[tuple[Group, Epoch | None], None, None]:
     """Train in so many processes, which end with this one, whatever ends it.
 
     Yields:
@@ -89,7 +89,9 @@ def train(
             raise
 
 
-def in_turn(trainer: Trainer, groups: Sequence[Group]) -> Iterator[tuple[Group, Epoch | None]]:
+def in_turn(
+    trainer: Trainer, groups: Sequence[Group]
+) -> Generator[tuple[Group, Epoch | None], None, None]:
     """Train in this process, one after the other; yield as `train` does."""
     for method, seeds in groups:
         yield (method, seeds), None
