@@ -152,10 +152,8 @@ def eigenpairs(
         coefficients = jnp.pad(found.vectors[:, ::-1][:, :k].T, [(0, 0), (0, 1)])
         vectors = jnp.tensordot(coefficients, basis, 1)
         errors = coefficients[:, :-1] @ matrix - values[:, None] * coefficients
-        largest = jnp.max(jnp.abs(errors), axis=1)  # so that no square underflows
-        scale = jnp.where(largest == 0, 1, largest)
-        errors = jnp.tensordot(errors / scale[:, None], basis, 1)
-        residuals = scale * jax.vmap(_norm)(errors)
+        errors = jnp.tensordot(errors, basis, 1)
+        residuals = jax.vmap(lambda error: numerics.norm([error]))(errors)
     return values, jax.vmap(hessian.tree)(vectors), residuals
 
 
