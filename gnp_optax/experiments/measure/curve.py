@@ -86,11 +86,10 @@ def _until(last: int, epochs: list[Metrics], folder: Path) -> Runs:
     for epoch in epochs:
         if epoch["epoch"] <= last:
             runs.setdefault((epoch["method"], epoch["seed"]), []).append(epoch)
-    ends = {run: each[-1] for run, each in runs.items()}
     left_out = {
         method
-        for (method, _), end in ends.items()
-        if end["epoch"] != last or not math.isfinite(end["test_error"])
+        for (method, _), each in runs.items()
+        if each[-1]["epoch"] != last or not math.isfinite(each[-1]["test_error"])
     }
     return {run: each for run, each in runs.items() if run[0] not in left_out}
 
