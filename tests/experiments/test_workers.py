@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import struct
 
 import numpy as np
 import pytest
@@ -52,11 +53,26 @@ def test_in_processes_of_their_own_runs_have_the_same_numbers(tmp_path, monkeypa
 @pytest.mark.exhaustive
 def test_errors_of_processes_arrive(tmp_path):
     config = dataclasses.replace(SMALL, batch_size=4096, out=tmp_path)
-    with pytest.raises(ValueError, match="--batch-size exceeds"):
+    with pytest.raises(ValueError, match="--batch-size exceeds") as raised:
         list(workers.train(config, GROUPS, 2))
+    assert "In a process that trained" in raised.value.__notes__[0]
     events = workers.train(dataclasses.replace(SMALL, out=tmp_path), GROUPS, 2)
     next(events)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match="start the same command again"):
         list(events)
     assert not multiprocessing.active_children()
+
+
+def _killed_while_it_writes(config, pipe, core):
+    pipe.send(None)
+    pipe.recv()
+    os.write(pipe.fileno(), struct.pack("!i", 100) + b"half of it")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.exhaustive
+def test_a_process_killed_while_it_writes_is_noticed(monkeypatch):
+    monkeypatch.setattr(workers, "_work", _killed_while_it_writes)
+    with pytest.raises(ChildProcessError, match="start the same command again"):
+        list(workers.train(SMALL, GROUPS, 2))

@@ -2,15 +2,14 @@
 
 import collections
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 
 import jax
 
@@ -50,43 +49,49 @@ def train(
         ChildProcessError: If one of them was killed.
     """
     spawning = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks
-    events, cores = spawning.SimpleQueue(), spawning.SimpleQueue()
-    for core in cpu_cores():
-        cores.put(core)
-    waiting = collections.deque(groups)
-    running: dict[int, Future[None]] = {}  # by process
-    with contextlib.ExitStack() as stack:
-        pools = [
-            stack.enter_context(ProcessPoolExecutor(1, spawning, _begin, (cores, events)))
-            for _ in range(processes)
-        ]
-
-        def give(process: int) -> None:
-            # From both ends, as neighbours often share a program, which each process compiles.
-            group = waiting.pop() if process % 2 else waiting.popleft()
-            running[process] = pools[process].submit(_run, config, group)
-            running[process].add_done_callback(lambda _: events.put(process))
-
-        try:
-            for process in range(processes):
-                give(process)
-            while running:
-                event = events.get()
-                if not isinstance(event, int):
+    cores, waiting = cpu_cores(), collections.deque(groups)
+    children: list[SpawnProcess] = []
+    # One to each, not one for all: a child killed while it writes would leave others waiting.
+    pipes: dict[Connection, int] = {}
+    try:
+        for number in range(processes):
+            ours, theirs = spawning.Pipe()
+            child = spawning.Process(
+                target=_work, args=(config, theirs, cores[number % len(cores)])
+            )
+            child.start()
+            theirs.close()  # the child has its own: when that ends, so does what can be read here
+            children.append(child)
+            pipes[ours] = number
+        while pipes:
+            ready = wait(pipes)
+            for pipe in [pipe for pipe in pipes if pipe in ready]:
+                try:
+                    event = pipe.recv()
+                except (EOFError, OSError):
+                    raise ChildProcessError(
+                        "a process that trained was killed, perhaps because memory ran out. What "
+                        "is done is kept: start the same command again to go on."
+                    ) from None
+                if isinstance(event, Exception):
+                    raise event
+                if event is not None:
                     yield event
-                    continue
-                running.pop(event).result()
-                if waiting:
-                    give(event)
-        except BaseException as error:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise ChildProcessError(
-                    "a process that trained was killed, perhaps because memory ran out. What is "
-                    "done is kept: start the same command again to go on."
-                ) from None
-            raise
+                elif waiting:
+                    # From both ends: neighbours often share a program, which each child compiles.
+                    group = waiting.pop() if pipes[pipe] % 2 else waiting.popleft()
+                    with contextlib.suppress(BrokenPipeError):  # the next recv tells
+                        pipe.send(group)
+                else:
+                    del pipes[pipe]
+                    pipe.close()
+    except BaseException:
+        for child in children:
+            child.terminate()
+        raise
+    finally:
+        for child in children:
+            child.join()
 
 
 def in_turn(
@@ -102,30 +107,28 @@ def in_turn(
             yield (method, seeds), epoch
 
 
-# In a process that trains, where it tells what it has measured.
-_events: Any
-
-
-def _begin(cores: Any, events: Any) -> None:
-    global _events
+def _work(config: Config, pipe: Connection, core: int) -> None:
+    """Ask for a group with None, tell its events, and so on until there is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that has started it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
-    _events = events
+        os.sched_setaffinity(0, {core})
+    try:
+        trainer = Trainer(config, load(config, (0, 1)))
+        while True:
+            pipe.send(None)
+            try:
+                group = pipe.recv()
+            except EOFError:
+                return
+            for event in in_turn(trainer, [group]):
+                pipe.send(event)
+    except Exception as error:
+        error.add_note(f"In a process that trained:\n{traceback.format_exc()}")
+        pipe.send(error)
 
 
 def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
-
-
-@functools.cache
-def _trainer(config: Config) -> Trainer:
-    return Trainer(config, load(config, (0, 1)))
-
-
-def _run(config: Config, group: Group) -> None:
-    for event in in_turn(_trainer(config), [group]):
-        _events.put(event)
