@@ -797,7 +797,6 @@ def measured(params, x, y, loss=loss):
 def agree(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, expected)
 """
-QUICK = "--xla_backend_optimization_level=0"
 
 
 @pytest.mark.exhaustive
@@ -811,8 +810,7 @@ specs = {"body": {"kernel": P("model", "data"), "bias": P("data")},
          "head": {"kernel": P(("data", "model"), None), "bias": P()}}
 got = measured(placed(square, specs), *put_on(square, (x, y), P("data")))
 agree(got, measured(params, x, y))
-""",
-        QUICK,
+"""
     )
 
 
@@ -839,8 +837,7 @@ with jax.set_mesh(mesh):
     jax.tree.map(lambda w, v, u: w + v[0] + u, sharded, found.eigenvectors, direction)
     line = d.loss_along(gathering, sharded, *data, direction=direction, distances=jnp.zeros(1))
     agree(line.losses[0], loss(params, x, y))
-""",
-        QUICK,
+"""
     )
 
 
@@ -872,6 +869,5 @@ for specs in ({"body": P(None, "data"), "head": P("data")}, {"body": P(), "head"
     share = memory(placed(mesh, specs), put((x, y), P("data"))) / vectors
     print(share)
     assert share < 0.25, share
-""",
-        QUICK,
+"""
     )

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Quick to compile.
-DEVICES = "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
 OPTIONS = (
     *("--recipe", "digits-vit", "--methods", "layerwise", "--seeds", "1", "--epochs", "1"),
     *("--warmup-epochs", "0", "--width", "8", "--depth", "1", "--heads", "1"),
@@ -20,11 +18,12 @@ OPTIONS = (
 
 
 def start(devices, *args):
+    flags = os.environ["XLA_FLAGS"]
     return subprocess.Popen(
         [sys.executable, *args],
         env={
             **os.environ,
-            "XLA_FLAGS": DEVICES.format(devices),
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         },
         stdout=subprocess.PIPE,

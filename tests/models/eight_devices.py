@@ -40,9 +40,9 @@ def core(params, x, y, step):
 """
 
 
-def run_on_eight_devices(program, flags=""):
+def run_on_eight_devices(program):
     """Run a program after the prelude, and return what it printed."""
-    flags = f"--xla_force_host_platform_device_count=8 {flags}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     paths = [str(Path(__file__).parents[n]) for n in (0, 1, 2)]
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(program)],
