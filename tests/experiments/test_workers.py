@@ -35,6 +35,12 @@ def test_a_process_more_must_be_worth_its_start(monkeypatch):
     assert workers.count(dataclasses.replace(long, seeds_together=False), GROUPS) == 1
 
 
+def test_methods_that_share_a_program_are_neighbours():
+    groups = [(name, [0]) for name in ("plain", "hybrid-sam", "gr", "plain-twice", "sam")]
+    order = [method for method, _ in sorted(groups, key=workers._place)]
+    assert order == ["gr", "sam", "plain", "plain-twice", "hybrid-sam"]
+
+
 @pytest.mark.exhaustive
 def test_in_processes_of_their_own_runs_have_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_EPOCHS", 1)
