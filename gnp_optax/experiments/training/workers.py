@@ -15,7 +15,7 @@ import jax
 
 from gnp_optax.experiments.config import Config
 from gnp_optax.experiments.data.loading import load
-from gnp_optax.experiments.methods import Method
+from gnp_optax.experiments.methods import Method, memory, selection
 from gnp_optax.experiments.training.checkpoints import Checkpoint
 from gnp_optax.experiments.training.devices import cpu_cores
 from gnp_optax.experiments.training.records import Epoch
@@ -49,7 +49,8 @@ def train(
         ChildProcessError: If one of them was killed.
     """
     spawning = multiprocessing.get_context("spawn")  # a fork would copy JAX's locks
-    cores, waiting = cpu_cores(), collections.deque(sorted(groups, key=_place))
+    cores = cpu_cores()
+    waiting = collections.deque(sorted(groups, key=lambda group: _place(config, group[0])))
     children: list[SpawnProcess] = []
     # One to each, not one for all: a child killed while it writes would leave others waiting.
     pipes: dict[Connection, int] = {}
@@ -94,12 +95,12 @@ def train(
             child.join()
 
 
-def _place(group: Group) -> int:
+def _place(config: Config, method: Method) -> int:
     """Put methods that share a program next to each other, and the quickest in the middle."""
-    method, _ = group
     if method.startswith("plain"):
         return 1
-    return 0 if method.partition("-")[0] in ("gr", "sam") else 2
+    selects = selection(method, config.layers, config.budget)
+    return 0 if selects is None and memory(method) is None else 2
 
 
 def in_turn(
